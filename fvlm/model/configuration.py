@@ -1,0 +1,113 @@
+"""Geometry of a foveated (or multi-token) vision-language model."""
+
+from __future__ import annotations
+
+from transformers import Dinov2Config, LlamaConfig, PreTrainedConfig
+
+ARCHITECTURES = ("foveated", "multi_token")
+
+
+class FoveatedConfig(PreTrainedConfig):
+    """Configuration of :class:`FoveatedVLM` and :class:`MultiTokenVLM`; the names follow MATH.md.
+
+    Args:
+        llm_config, vision_config: Llama and DINOv2 configurations, as objects or dictionaries.
+        query_dim: width of a query; the DINOv2 width unless given.
+        visual_scale: factor on every visual token.
+        deep_query: the query passes every DINOv2 block; False = one attention over the final features (ablation).
+        query_logit_scale: factor on the query's attention logits (2 = temperature 0.5), or ``"learnable"``, from 1 on.
+        tokens_per_frame: looks at each video frame (data layout; no parameters depend on it).
+        random_queries: control experiment: fine queries are drawn N(0, 1), not written by the language model.
+        architecture: ``"foveated"`` or ``"multi_token"``.
+        grid: cells a frame of the multi-token baseline: 1, 4 or 16.
+
+    Raises:
+        ValueError: a value outside of the above, naming the key.
+    """
+
+    model_type = "fvlm"
+
+    def __init__(
+        self,
+        llm_config: LlamaConfig | dict | None = None,
+        vision_config: Dinov2Config | dict | None = None,
+        query_dim: int | None = None,
+        visual_scale: float = 0.14,
+        deep_query: bool = True,
+        query_logit_scale: float | str = 1.0,
+        tokens_per_frame: int = 1,
+        random_queries: bool = False,
+        architecture: str = "foveated",
+        grid: int = 4,
+        **kwargs,
+    ):
+        self.llm_config = _as_config(llm_config, LlamaConfig)
+        self.vision_config = _as_config(vision_config, Dinov2Config)
+        self.query_dim = query_dim or self.vision_config.hidden_size
+        self.visual_scale = visual_scale
+        self.deep_query = deep_query
+        self.query_logit_scale = query_logit_scale
+        self.tokens_per_frame = tokens_per_frame
+        self.random_queries = random_queries
+        self.architecture = architecture
+        self.grid = grid
+        _require(architecture in ARCHITECTURES, "architecture", f"one of {ARCHITECTURES}", architecture)
+        _require(grid in (1, 4, 16), "grid", "1, 4 or 16", grid)
+        _require(tokens_per_frame >= 1, "tokens_per_frame", "at least 1", tokens_per_frame)
+        learnable = query_logit_scale == "learnable"
+        number = isinstance(query_logit_scale, (int, float)) and query_logit_scale > 0
+        _require(learnable or number, "query_logit_scale", "a positive number or 'learnable'", query_logit_scale)
+        _require(deep_query or self.query_dim > 0, "query_dim", "positive", self.query_dim)
+        kwargs.setdefault("tie_word_embeddings", self.llm_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Frame side in pixels at which the position table needs no resizing."""
+        return self.vision_config.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Patch side in pixels."""
+        return self.vision_config.patch_size
+
+
+def _as_config(value, config_class):
+    if value is None:
+        return config_class()
+    return config_class(**value) if isinstance(value, dict) else value
+
+
+def _require(condition: bool, key: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{key}: expected {expected}, got {got!r}")
+
+
+def tiny_config(vocab_size: int, **overrides) -> FoveatedConfig:
+    """About 1.5 M parameters on 56-pixel frames (4×4 patches): the model of the tests and the demo."""
+    llm_config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    vision_config = Dinov2Config(
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        mlp_ratio=4,
+        image_size=56,
+        patch_size=14,
+        initializer_range=0.12,
+    )
+    return FoveatedConfig(llm_config=llm_config, vision_config=vision_config, **overrides)

@@ -1,0 +1,44 @@
+"""Head and cross-entropy in plain torch.
+
+Shapes: K rows, d width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ROWS_AT_ONCE = 2048
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each label in float32 (float64 for float64 input), 0 where there is none, all at once."""
+    upcast = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(upcast) @ weight.to(upcast).T
+    return -F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+
+
+def linear_cross_entropy_torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The same with logits in the input's precision, a chunk of rows at a time and recomputed in the backward pass."""
+    if hidden.device.type == "cpu":  # choosing the labelled rows costs no synchronisation here
+        rows = (labels != -100).nonzero().squeeze(1)
+        logprobs = _in_chunks(hidden.index_select(0, rows), weight, labels[rows])
+        return torch.zeros(len(labels), dtype=logprobs.dtype).index_copy(0, rows, logprobs)
+    return _in_chunks(hidden, weight, labels)
+
+
+def _in_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    if len(labels) <= ROWS_AT_ONCE:
+        return _logprobs(hidden, weight, labels)
+    chunks = zip(hidden.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat(
+        [checkpoint(_logprobs, rows, weight, row_labels, use_reentrant=False) for rows, row_labels in chunks]
+    )
+
+
+def _logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")

@@ -1,0 +1,48 @@
+"""Public entry of packed causal attention: validate, choose a back end, call it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Backend, debug_checks, require, select
+from .reference import varlen_attention_reference, varlen_attention_torch
+
+_BACKENDS = (Backend("torch", varlen_attention_torch), Backend("reference", varlen_attention_reference))
+
+
+def varlen_attention(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Causal attention inside each packed sample, with grouped key/value heads, scaled by 1/√k.
+
+    Args:
+        q: [T, h, k].
+        key, value: [T, h_kv, k] with h a multiple of h_kv, same dtype as ``q``.
+        cu_seqlens: int32 [S+1]; sample s owns rows cu_seqlens[s]:cu_seqlens[s+1]; a fixed length is filled up by
+            repeating the last bound. Rows beyond it belong to nobody and come out zero.
+        max_seqlen: an upper bound of the samples' lengths.
+
+    Returns:
+        [T, h, k] in q's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; under ``FVLM_DEBUG=1`` also bounds that do not start at 0,
+            decrease, leave T or exceed ``max_seqlen``.
+    """
+    op = "varlen_attention"
+    require(q.ndim == 3, op, "q", "[T, h, k]", tuple(q.shape))
+    fits = (
+        key.ndim == 3 and key.shape[0] == q.shape[0] and key.shape[2] == q.shape[2] and q.shape[1] % key.shape[1] == 0
+    )
+    require(fits, op, "key", f"[{q.shape[0]}, h_kv dividing {q.shape[1]}, {q.shape[2]}]", tuple(key.shape))
+    require(value.shape == key.shape, op, "value", f"key's shape {tuple(key.shape)}", tuple(value.shape))
+    require(key.dtype == q.dtype == value.dtype, op, "key and value", f"{q.dtype} as q", (key.dtype, value.dtype))
+    require(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, op, "cu_seqlens", "[S+1]", tuple(cu_seqlens.shape))
+    require(cu_seqlens.dtype == torch.int32, op, "cu_seqlens", "int32", cu_seqlens.dtype)
+    require(cu_seqlens.device == q.device, op, "cu_seqlens", f"on {q.device}", cu_seqlens.device)
+    require(max_seqlen >= 1, op, "max_seqlen", "at least 1", max_seqlen)
+    if debug_checks():
+        lengths = cu_seqlens.diff()
+        sound = int(cu_seqlens[0]) == 0 and bool((lengths >= 0).all()) and int(cu_seqlens[-1]) <= q.shape[0]
+        require(sound, op, "cu_seqlens", f"rising from 0 to at most {q.shape[0]}", cu_seqlens.tolist())
+        require(int(lengths.max()) <= max_seqlen, op, "max_seqlen", f"at least {int(lengths.max())}", max_seqlen)
+    return select(op, _BACKENDS, q)(q, key, value, cu_seqlens, max_seqlen)

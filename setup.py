@@ -1,0 +1,39 @@
+"""Installation; versions that were tested together are pinned in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="fvlm",
+    version="0.1.0",
+    description="Training system for the foveated vision-language model: one token a video frame",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    # fvlm/kernels is a link to the top-level folder: found as a namespace package, shipped as fvlm.kernels
+    packages=find_namespace_packages(include=["fvlm", "fvlm.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "tokenizers",
+        "huggingface-hub",
+        "safetensors",
+        "numpy",
+        "deepspeed>=0.19",
+        "webdataset>=1.0",
+        "wandb",
+        "av>=14",
+        "pillow",
+        "simplejpeg",
+        "PyYAML",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "kernels"],
+        "gpu": ["triton>=3.6"],
+    },
+)

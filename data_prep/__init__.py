@@ -1,0 +1,1 @@
+"""Data preparation: drawing synthetic clips, and turning media files into training shards."""

@@ -1,0 +1,144 @@
+"""A folder of media files and a JSONL manifest: the way to bring one's own data.
+
+Each line is an object: `media` (a path, or a list of them, relative to the manifest; absent for text), the text as
+`user` and `assistant`, or `turns`, or `chosen` and `rejected`, and optionally `key` (or `id`), `source`, `narration`,
+`stream` (true: nobody asked, the narration starts with the first frame), `options` with `answer`, `look_at`, `tags`.
+Whether a file is a video or a still is found from the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fvlm.data.errors import SampleError
+
+LICENCE = "as of the files in the folder"
+_STRINGS = ("user", "assistant", "chosen", "rejected", "source")
+_LISTS = ("turns", "narration", "options", "look_at", "tags")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a data set, valid or refused, in its place."""
+
+    key: str
+    """Unique in the data set, of the characters a shard's key may have."""
+    media: tuple[str, ...] = ()
+    """Files to read, in order."""
+    meta: dict = field(default_factory=dict)
+    """Fields of the sample's metadata, without key and what the files tell."""
+    refused: tuple[str, str] | None = None
+    """(reason, detail) if the row cannot be used."""
+
+
+class FolderSource:
+    """Rows of a manifest. Raises FileNotFoundError if there is no such file."""
+
+    def __init__(self, folder: Path | None, manifest: Path):
+        places = [folder / manifest, manifest] if folder else [manifest]
+        found = [path for path in places if path.is_file()]
+        if not found:
+            raise FileNotFoundError(f"manifest {' or '.join(map(str, places))} does not exist")
+        self.manifest = found[0]
+
+    def digest(self) -> str:
+        """Changes when the rows do (16 hex digits)."""
+        with open(self.manifest, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+    def count(self) -> int:
+        """Number of rows."""
+        with open(self.manifest, "rb") as file:
+            return sum(1 for line in file if line.strip())
+
+    def rows(self) -> Iterator[Row]:
+        """Every row in order, those that cannot be used with the reason."""
+        seen = set()
+        with open(self.manifest, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                row = self._row(number, line)
+                if row.key in seen:
+                    row = Row(f"line-{number}", row.media, row.meta, ("duplicate_key", f"key {row.key} came before"))
+                seen.add(row.key)
+                yield row
+
+    def _row(self, number: int, line: bytes) -> Row:
+        key, media, meta = f"line-{number}", (), {}
+        try:
+            fields = _parse(line)
+            key = _key(fields, default=key)
+            media, meta = _media(fields, self.manifest.parent), _meta(fields)
+            _check_text(meta)
+        except SampleError as error:
+            return Row(key, media, meta, (error.reason, f"{self.manifest}, line {number}: {error.detail}"))
+        return Row(key, media, meta)
+
+
+def _parse(line: bytes) -> dict:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise SampleError("bad_json", str(error)) from error
+    if not isinstance(fields, dict):
+        raise SampleError("bad_json", f"expected an object, found {type(fields).__name__}")
+    return fields
+
+
+def _key(fields: dict, default: str) -> str:
+    given = fields.get("key", fields.get("id", default))
+    if not isinstance(given, (str, int)) or given == "":
+        raise SampleError("wrong_type", f"key: expected a string, found {given!r}")
+    key = re.sub(r"[^A-Za-z0-9_+=@-]", "_", str(given))
+    if key != str(given) or len(key) > 80:  # two keys made alike by this stay two
+        key = f"{key[:71]}-{zlib.crc32(str(given).encode('utf-8', 'surrogatepass')):08x}"
+    return key
+
+
+def _media(fields: dict, folder: Path) -> tuple[str, ...]:
+    media = fields.get("media") or []
+    media = [media] if isinstance(media, str) else media
+    if not isinstance(media, list) or not all(isinstance(path, str) and path for path in media):
+        raise SampleError("wrong_type", f"media: expected a path or a list of paths, found {fields['media']!r}")
+    return tuple(str(folder / path) for path in media)
+
+
+def _meta(fields: dict) -> dict:
+    for name in _STRINGS:
+        if not isinstance(fields.get(name, ""), str):
+            raise SampleError("wrong_type", f"{name}: expected a string, found {type(fields[name]).__name__}")
+    for name in _LISTS:
+        if not isinstance(fields.get(name, []), list):
+            raise SampleError("wrong_type", f"{name}: expected a list, found {type(fields[name]).__name__}")
+    if not isinstance(fields.get("stream", False), bool):
+        raise SampleError("wrong_type", f"stream: expected true or false, found {fields['stream']!r}")
+    known = ("source", "user", "assistant", "turns", "chosen", "rejected", *_LISTS[1:], "answer", "stream")
+    return {"source": "folder"} | {name: fields[name] for name in known if name in fields}
+
+
+def _check_text(meta: dict) -> None:
+    """Answers that are there and not blank, options that hold the answer; `chat.text_counts` checks the rest."""
+    if "turns" in meta:
+        answers = {"turns": " ".join(str(turn) for turn in meta["turns"])}
+    elif "chosen" in meta or "rejected" in meta:
+        answers = {name: meta.get(name) for name in ("chosen", "rejected")}
+    else:
+        answers = {"assistant": meta.get("assistant")}
+    for name, answer in answers.items():
+        if answer is None:
+            raise SampleError("missing_field", f"{name}: a row needs assistant, or turns, or chosen and rejected")
+        if not answer.strip():
+            raise SampleError("empty_text", f"{name} is blank")
+    if "options" in meta:
+        options, answer = meta["options"], meta.get("answer")
+        if not all(isinstance(option, str) for option in options):
+            raise SampleError("wrong_type", "options: expected strings")
+        if type(answer) is not int or not 0 <= answer < len(options) or meta.get("assistant") != options[answer]:
+            raise SampleError("bad_options", f"answer {answer!r}: expected the position of `assistant` in `options`")

@@ -1,0 +1,1 @@
+"""From media and shards to `PackedBatch`: video, shard, chat, plan, batch, loader."""

@@ -1,0 +1,89 @@
+"""Attention maps of a few fixed clips, in every mode, as raw arrays for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fvlm.data.batch import LoadedSample, collate
+from fvlm.data.plan import Capacities
+from fvlm.evaluate.items import Item, Presentation, in_turn
+from fvlm.evaluate.maps import ClipMaps, save_clip
+from fvlm.evaluate.validation import evaluating
+
+
+def choose_clips(items: Sequence[Item], most: int = 10) -> list[Item]:
+    """A fixed choice: `most` samples with frames, shared evenly over the sources, clips with `look_at` places first."""
+    with_frames = sorted((item for item in items if item.num_frames), key=lambda item: not item.meta.get("look_at"))
+    return in_turn(with_frames, lambda item: str(item.meta.get("source")))[:most]
+
+
+def clip_maps(
+    model: nn.Module,
+    item: Item,
+    tokenizer: PreTrainedTokenizerBase,
+    presentation: Presentation,
+    device: torch.device | str,
+    modes: Sequence[str],
+    fine_iterations: int = 1,
+) -> ClipMaps:
+    """One clip's maps in each mode; raises SampleError where a frame cannot be read.
+
+    `model` is a `FoveatedVLM` (not an engine around it): the multi-token baseline has no queries and no maps.
+    """
+    frames, text = item.read_frames(), presentation.segments(item.meta, tokenizer)
+    sample = LoadedSample(key=str(item.meta.get("key")), segments=text, frames=frames, source_id=0)
+    batch = collate([sample], _room_for(sample), "ce_answer", presentation.image_size, presentation.grid).to(device)
+    in_order = batch.visual_index.argsort().cpu().numpy()
+    with evaluating(model):
+        maps = {
+            mode: model.attention_maps(batch, mode=mode, fine_iterations=fine_iterations).half().cpu().numpy()[in_order]
+            for mode in modes
+        }
+    return ClipMaps(
+        key=sample.key,
+        source=str(item.meta.get("source")),
+        user=str(item.meta.get("user") or ""),
+        assistant=str(item.meta.get("assistant") or ""),
+        frames=frames,
+        visual_frame=batch.visual_frame.cpu().numpy()[in_order],
+        look_at=look_at_array(item),
+        maps=maps,
+    )
+
+
+def save_maps(clips: Sequence[ClipMaps], folder: Path) -> list[Path]:
+    """Writes clip-00.npz, clip-01.npz, ...; returns the paths."""
+    paths = [folder / f"clip-{number:02d}.npz" for number in range(len(clips))]
+    for clip, path in zip(clips, paths, strict=True):
+        save_clip(clip, path)
+    return paths
+
+
+def look_at_array(item: Item) -> np.ndarray:
+    """int64 [num_frames, 2] of the metadata's `look_at`, -1 where there is none."""
+    places = item.meta.get("look_at") or [None] * item.num_frames
+    return np.array([place if place is not None else (-1, -1) for place in places], np.int64).reshape(-1, 2)
+
+
+def _room_for(sample: LoadedSample) -> Capacities:
+    """Capacities that hold exactly this sample, so that no row is unused."""
+    visual = sum(len(part.frames) for part in sample.segments if hasattr(part, "frames"))
+    text = sum(part.token_ids.size for part in sample.segments if hasattr(part, "token_ids"))
+    labels = sum(int(part.is_answer.sum()) for part in sample.segments if hasattr(part, "is_answer"))
+    last = max(place for place, part in enumerate(sample.segments) if hasattr(part, "frames"))
+    leading = sum(part.token_ids.size for part in sample.segments[:last] if hasattr(part, "token_ids"))
+    return Capacities(
+        frames=len(sample.frames),
+        tokens=visual + text,
+        visual=visual,
+        coarse=leading + visual,
+        samples=1,
+        labels=labels,
+        max_seqlen=visual + text,
+    )

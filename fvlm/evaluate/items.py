@@ -1,0 +1,119 @@
+"""Validation samples for question tasks: found by their metadata, their frames read when they are needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fvlm.data.chat import Layout, Text, Visual, segments
+from fvlm.data.errors import MediaError, SampleError
+from fvlm.data.shard import ShardReader, load_index
+from fvlm.data.video import decode_jpeg
+
+T = TypeVar("T")
+_NOTHING: Any = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Presentation:
+    """How samples are shown to a model; has to be what the model was trained with."""
+
+    image_size: int
+    """Side of a frame in pixels."""
+    layout: Layout = Layout.VIDEO_FIRST
+    looks: int = 8
+    """Visual tokens of a still; the multi-token baseline takes 1."""
+    tokens_per_frame: int = 1
+    grid: int = 0
+    """Cells a frame of the multi-token baseline; 0 for a foveated model."""
+
+    def segments(self, meta: Mapping, tokenizer: PreTrainedTokenizerBase) -> list[Text | Visual]:
+        """The sample in this presentation; raises SampleError where its text cannot be laid out."""
+        return segments(meta, tokenizer, self.layout, looks=self.looks, tokens_per_frame=self.tokens_per_frame)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One sample: its metadata, and its frames on demand."""
+
+    meta: dict[str, Any]
+    num_frames: int
+    read_frames: Callable[[], np.ndarray]
+    """Gives uint8 [num_frames, 3, H, W]; raises SampleError where a frame cannot be read."""
+
+
+def read_items(
+    shards: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    image_size: int,
+    wanted: Callable[[Mapping], bool],
+    *,
+    most: int | None = None,
+    cache_dir: Path | None = None,
+) -> tuple[list[Item], Counter]:
+    """Samples whose metadata `wanted` accepts, in shard order, and the unreadable ones counted by reason.
+
+    Of more than `most`, every n-th is taken, so that a limit keeps the set's composition.
+    """
+    items: list[Item] = []
+    skipped: Counter = Counter()
+    for path in shards:
+        index = load_index(path, tokenizer, cache_dir)
+        reader = ShardReader(path, index)
+        for row in range(len(index)):
+            try:
+                meta, jpegs = reader.read(row)
+            except SampleError as error:
+                skipped[error.reason] += 1
+                continue
+            if wanted(meta):
+                read = partial(_read_frames, reader, row, image_size)
+                items.append(Item(meta=meta, num_frames=len(jpegs), read_frames=read))
+        reader.close()
+    return every_nth(items, most), skipped
+
+
+def every_nth(items: list, most: int | None) -> list:
+    """At most `most` of the items, spaced evenly."""
+    if most is None or len(items) <= most:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def in_turn(things: Iterable[T], group: Callable[[T], Hashable]) -> list[T]:
+    """The things reordered: the first of each group, then the second of each, ...; groups in order of appearance."""
+    groups: dict[Hashable, list[T]] = {}
+    for thing in things:
+        groups.setdefault(group(thing), []).append(thing)
+    rounds = zip_longest(*groups.values(), fillvalue=_NOTHING)
+    return [thing for turn in rounds for thing in turn if thing is not _NOTHING]
+
+
+def _read_frames(reader: ShardReader, row: int, size: int) -> np.ndarray:
+    _, jpegs = reader.read(row)
+    reader.close()  # a set may lie in more shards than a process may hold open
+    if not jpegs:
+        return np.zeros((0, 3, size, size), np.uint8)
+    try:
+        return np.stack([decode_jpeg(jpeg, size) for jpeg in jpegs])
+    except MediaError as error:
+        raise SampleError(error.reason, error.detail) from error
+
+
+def has_options(meta: Mapping) -> bool:
+    """Whether a sample is a multiple-choice question."""
+    return bool(meta.get("options"))
+
+
+def is_listing(meta: Mapping) -> bool:
+    """Whether a sample's answer is a list of words, each said after one of its frames (so each word is a slot)."""
+    said = "".join(meta.get("narration") or ()).split()
+    return not has_options(meta) and len(said) > 1 and said == str(meta.get("assistant", "")).split()

@@ -1,0 +1,60 @@
+"""Accuracy with what it needs beside it: sample size, chance level, interval, and signs of a degenerate result."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+Z_95 = 1.959963984540054
+
+
+def wilson_interval(correct: float, total: float, z: float = Z_95) -> tuple[float, float]:
+    """Wilson score interval of a share; (0, 1) where nothing was counted.
+
+    Raises ValueError where `correct` is not within [0, total].
+    """
+    if not 0 <= correct <= total:
+        raise ValueError(f"wilson_interval: correct={correct} is not within 0..{total}")
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def accuracy_figures(
+    correct: Sequence[float], chances: Sequence[float], choices: Sequence[Any], answers: Sequence[Any]
+) -> dict[str, Any]:
+    """Figures of one group of independent items.
+
+    Args:
+        correct: share of each item that is right: 0 or 1, or a mean over an item's slots.
+        chances: each item's accuracy under blind guessing.
+        choices, answers: what was chosen and what was right, to notice one answer given always (any length).
+
+    Returns:
+        {"accuracy", "n", "chance", "low", "high", "flags"}: `n` counts items; the 95 % interval is Wilson's over
+        items, so slots of one clip, which stand or fall together, do not narrow it.
+    """
+    n = len(correct)
+    if n == 0:
+        raise ValueError("accuracy_figures: no items; leave the group out instead")
+    accuracy = math.fsum(correct) / n
+    chance = math.fsum(chances) / n
+    low, high = wilson_interval(math.fsum(correct), n)
+    flags = degenerate_flags(choices, answers)
+    if low <= chance:
+        flags.append("not above chance")
+    return {"accuracy": accuracy, "n": n, "chance": chance, "low": low, "high": high, "flags": flags}
+
+
+def degenerate_flags(choices: Sequence[Any], answers: Sequence[Any]) -> list[str]:
+    """["always answers X"] where ten or more choices are all X although the right answers differ."""
+    given = Counter(choices)
+    if len(choices) >= 10 and len(given) == 1 and len(set(answers)) > 1:
+        return [f"always answers {next(iter(given))}"]
+    return []

@@ -1,0 +1,157 @@
+"""From shards and a checkpoint to figures by mode: in training, after it, and from the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fvlm.data.plan import Mixture
+from fvlm.data.shard import ShardWriter, find_shards
+from fvlm.data.video import encode_jpeg
+from fvlm.evaluate.items import in_turn
+from fvlm.evaluate.maps import load_clip
+from fvlm.evaluate.suite import MODES, build_suite, evaluate_modes, gaps, training_figures
+from fvlm.model import build_model, tiny_config
+from fvlm.schema import ConfigError
+from tests.evaluate.reference import SHAPES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer) -> Path:
+    """Shards with lists, options, a caption, a still and text."""
+    path = tmp_path_factory.mktemp("val")
+    rng = np.random.default_rng(0)
+    with ShardWriter(path, tokenizer, samples_per_shard=5) as writer:
+        for number in range(12):
+            count = (3, 3, 2, 1, 0, 3)[number % 6]
+            kind = ("video", "video", "video", "image", "text", "video")[number % 6]
+            words = rng.choice(SHAPES, 2).tolist()
+            answer, extra = (
+                (" ".join(words), {"narration": ["", *(f" {w}" for w in words)], "look_at": [[0, 0], [1, 2], [3, 3]]}),
+                (words[0], {"options": list(SHAPES), "answer": SHAPES.index(words[0])}),
+                ("A red ring above a blue bar.", {}),
+                (words[1], {"options": list(SHAPES[:4]), "answer": 0} if words[1] == SHAPES[0] else {}),
+                ("yes", {}),
+                (words[0], {}),
+            )[number % 6]
+            meta = {"key": f"k{number}", "source": f"s{number % 6}", "kind": kind, "frame_count": count}
+            meta |= {"duration": float(count), "user": "What is it?", "assistant": answer, **extra}
+            frames = rng.integers(0, 256, (count, 56, 56, 3), dtype=np.uint8)
+            writer.write(meta, [encode_jpeg(frame) for frame in frames])
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer):
+    torch.manual_seed(0)
+    return build_model(tiny_config(len(tokenizer))).eval()
+
+
+def build(folder, tokenizer, mixture=Mixture(looks=2), **options):  # noqa: B008
+    options = {"image_size": 56, "device": "cpu", "tokens": 256, **options}
+    return build_suite(find_shards(folder), tokenizer, mixture, **options)
+
+
+def test_three_modes(folder, tokenizer, small):
+    suite = build(folder, tokenizer)
+    found = evaluate_modes(suite, small)
+    assert json.loads(json.dumps(found)) == found
+    assert list(found["modes"]) == list(MODES)
+    for figures in found["modes"].values():
+        assert figures["loss"]["samples"] == figures["blank"]["samples"] == 12
+        assert figures["loss"]["composition"]["s0"]["share"] == pytest.approx(1 / 6)
+        assert figures["blank"]["loss_by_source"]["s4"] == pytest.approx(figures["loss"]["loss_by_source"]["s4"])
+        assert figures["blank"]["loss"] != figures["loss"]["loss"]
+        assert figures["slots"]["overall"]["n"] == 2
+        assert figures["seconds_per_sample"] > 0
+    fine, stream = (found["modes"][mode] for mode in ("coarse_fine", "autoregressive"))
+    assert found["gaps"]["loss"] == stream["loss"]["loss"] - fine["loss"]["loss"]
+    assert set(found["gaps"]) == {"loss", "slots", "multiple_choice"}
+    assert all(set(sample["choices"]) == set(MODES) for sample in found["samples"])
+
+
+def test_figures_during_training_have_the_names_of_the_records(folder, tokenizer, small):
+    suite = build(folder, tokenizer, tasks=("loss", "slots"))
+    figures = training_figures(suite, small, "coarse_fine", 2)
+    assert {"val_loss", "loss_fine", "loss_coarse", "loss_ratio", "attention_entropy"} <= set(figures)
+    assert {f"slots/coarse_fine/{name}" for name in ("accuracy", "n", "chance", "low", "high")} <= set(figures)
+    assert all(isinstance(value, (int, float)) for value in figures.values())
+    assert suite.clips == []
+
+
+def test_limits_and_packs_do_not_change_the_numbers(folder, tokenizer, small):
+    wide, narrow = (build(folder, tokenizer, tokens=tokens).losses(small, "coarse_fine") for tokens in (1024, 128))
+    assert narrow.loss == pytest.approx(wide.loss, rel=1e-5)
+    assert narrow.loss_by_source == pytest.approx(wide.loss_by_source, rel=1e-5)
+    assert build(folder, tokenizer, most_samples=5).losses(small, "coarse_only").samples == 5
+
+
+def test_samples_without_room_are_counted(folder, tokenizer, small):
+    lengths = [30, 60]
+    few, all_ = (build(folder, tokenizer, tokens=tokens, tasks=("loss",)) for tokens in lengths)
+    assert all_.losses(small, "coarse_only").skipped == {}
+    report = few.losses(small, "coarse_only")
+    assert report.samples + sum(report.skipped.values()) == 12
+    assert sum(report.skipped.values()) > 0
+
+
+def test_baseline_sees_stills_once_and_has_no_maps(folder, tokenizer):
+    torch.manual_seed(0)
+    baseline = build_model(tiny_config(len(tokenizer), architecture="multi_token", grid=4)).eval()
+    suite = build(folder, tokenizer, Mixture(grid=4))
+    assert suite.maps(baseline, ["coarse_fine"]) == []
+    found = evaluate_modes(suite, baseline, ["coarse_fine"])
+    assert found["gaps"] == {}
+    assert found["modes"]["coarse_fine"]["loss"]["loss_ratio"] is None
+
+
+def test_what_cannot_be_asked_is_said_before_anything_runs(folder, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="tasks: captions unknown; expected some of loss, blank, mc, slots, maps"):
+        build(folder, tokenizer, tasks=("captions",))
+    with ShardWriter(tmp_path, tokenizer) as writer:
+        writer.write({"key": "t", "source": "s", "kind": "text", "frame_count": 0, "user": "u", "assistant": "a"}, [])
+    with pytest.raises(ConfigError, match="tasks: slots was asked, and no sample of the set is answered by a list"):
+        build(tmp_path, tokenizer, tasks=("slots",))
+    with pytest.raises(ConfigError, match=r"validation set of 12 samples: .*no sample fits"):
+        build(folder, tokenizer, tokens=8)
+
+
+def test_gaps_need_both_modes():
+    assert gaps({"coarse_fine": {"loss": {"loss": 1.0}}}) == {}
+    both = {"coarse_fine": {"loss": {"loss": 1.0}}, "autoregressive": {"loss": {"loss": 1.5}}}
+    assert gaps(both) == {"loss": 0.5}
+
+
+def test_sources_take_turns():
+    assert in_turn(["a1", "a2", "a3", "b1", "c1", "c2"], lambda name: name[0]) == ["a1", "b1", "c1", "a2", "c2", "a3"]
+
+
+@pytest.mark.slow
+def test_command_line(folder, tokenizer, small, repo_root, tmp_path):
+    small.save_pretrained(tmp_path / "model")
+    command = [sys.executable, str(repo_root / "launch" / "evaluate.py"), "--checkpoint", str(tmp_path / "model")]
+    options = ["--data", str(folder), "--out", str(tmp_path / "out"), "--modes", "coarse_fine", "--tokens", "256"]
+
+    def launch(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    refused = launch(*options)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("evaluate: --tokenizer: the checkpoint does not say which")
+    without_maps = launch(*options, "--tokenizer", "tiny", "--tasks", "loss")
+    assert without_maps.returncode == 0, without_maps.stderr
+    done = launch(*options, "--tokenizer", "tiny", "--tasks", "loss", "slots", "maps")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    suite = build(folder, tokenizer, Mixture(), objective="ce_answer", tasks=("loss",))
+    expected = suite.losses(small, "coarse_fine").loss
+    assert record["modes"]["coarse_fine"]["loss"]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert f"{expected:.4f}" in done.stdout
+    assert {"commit", "environment", "checkpoint", "parameters"} <= set(record)
+    assert load_clip(tmp_path / "out" / record["maps"][0]).look_at.tolist() == [[0, 0], [1, 2], [3, 3]]

@@ -3,8 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 JOBS := $(shell n=$$(nproc); [ $$n -gt 2 ] && echo 2 || echo $$n)
-LAUNCH := $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(JOBS)
-REAL := ../shared/fixtures/videos/manifest.jsonl
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+RANKS ?= $(shell [ $(GPUS) -gt 0 ] && echo $(GPUS) || echo $(JOBS))
+PREPARE := $(BIN)/python -m data_prep.prepare --source folder --size 56 --tokenizer tiny
+TRAIN := OMP_NUM_THREADS=$(shell echo $$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))) PATH="$(CURDIR)/$(BIN):$$PATH" \
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py
+REAL ?= ../shared/fixtures/videos/manifest.jsonl
 
 .PHONY: help install demo demo-real test test-all lint format clean
 
@@ -18,6 +22,24 @@ $(BIN)/.installed: setup.py constraints.txt
 	@touch $@
 
 install: $(BIN)/.installed  ## make .venv and install everything into it
+
+demo: install  ## draw clips, prepare, train, evaluate, report: under ten minutes on two cores
+	$(BIN)/python -m data_prep.synthetic --out demo/clips --clips 6000 --val-clips 200 --frames 5 --mix cue=0.72,caption=0.14,text=0.14
+	$(PREPARE) --input demo/clips --manifest train.jsonl --out demo/shards/train
+	$(PREPARE) --input demo/clips --manifest val.jsonl --out demo/shards/val
+	$(TRAIN) --config demo --ds_config zero2.json
+	$(TRAIN) --config demo --ds_config zero2.json name=demo-pooled-4 model.architecture=multi_token model.grid=4
+	$(TRAIN) --config demo --ds_config zero2.json name=demo-coarse train.mode=coarse_only
+	$(BIN)/python launch/evaluate.py --checkpoint runs/demo
+	$(BIN)/python launch/report.py runs/demo --compare runs/demo-pooled-4 runs/demo-coarse
+	@echo; echo "Look at runs/demo/report.md (curves, three modes) and runs/demo/figures/strip-00.png (where each token looked)."
+
+demo-real: install  ## the same road on real videos and photos: REAL=path/to/manifest.jsonl
+	$(PREPARE) --manifest $(REAL) --out demo/shards/real
+	$(TRAIN) --config real --ds_config zero2.json
+	$(BIN)/python launch/evaluate.py --checkpoint runs/real
+	$(BIN)/python launch/report.py runs/real
+	@echo; echo "Look at runs/real/report.md"
 
 test: install  ## the tests, on two processes
 	$(BIN)/pytest -n $(JOBS) -m "not slow"

@@ -33,7 +33,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "kernels"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "kernels", "setuptools>=70.1"],
         "gpu": ["triton>=3.6"],
     },
 )

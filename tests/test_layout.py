@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
+
+import pytest
 
 LIMIT = 400
 ORDER = ["fvlm.kernels", "fvlm.model", "fvlm.data", "fvlm.train", ("fvlm.research", "fvlm.hub", "fvlm.evaluate")]
 
 
+def listed_files(root, *patterns):
+    """Files that are tracked, or new and not ignored."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", *patterns]
+    names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in names if (root / name).exists()]
+
+
 def python_files(root):
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=root, capture_output=True, text=True, check=True
-    )
-    return [root / line for line in listed.stdout.split() if (root / line).is_file()]
+    return [root / name for name in listed_files(root, "*.py")]
 
 
 def test_no_file_is_longer_than_a_sitting(repo_root):
@@ -67,3 +75,34 @@ def test_imports_run_one_way(repo_root):
             if target in {name for names in below.values() for name in names} and target not in below[layer]:
                 wrong.append(f"{'/'.join(parts)} imports {target}")
     assert wrong == []
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_kernels(repo_root, tmp_path):
+    """Built from tracked files alone, unpacked elsewhere, imported without the checkout."""
+    source = tmp_path / "source"
+    for name in listed_files(repo_root, "fvlm", "kernels", "setup.py", "pyproject.toml", "README.md"):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repo_root / name, target, follow_symlinks=False)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    subprocess.run(build, check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import fvlm.model, fvlm.kernels.dispatch as d; "
+        f"assert d.__file__.startswith({str(tmp_path)!r}), d.__file__"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path)

@@ -1,0 +1,1 @@
+"""From `PackedBatch` to a trained checkpoint: objectives, schedule, engine, checkpoint, metrics, guard, loop."""

@@ -1,0 +1,163 @@
+"""What a run records: CSV a row an evaluation, JSONL a line a step, wandb, and a progress bar; rank 0 only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fvlm.config import RunConfig, to_dict
+
+logger = logging.getLogger(__name__)
+
+CSV_COLUMNS = (
+    "run_id", "step", "samples_seen", "wall_time_sec", "train_loss", "val_loss", "loss_fine", "loss_coarse",
+    "loss_ratio", "grad_norm", "attention_entropy", "lr_connector", "lr_dino", "lr_llm", "throughput", "gpu_mem_gb",
+)  # fmt: skip
+
+
+class MetricsWriter:
+    """Appends to `metrics.csv` and `metrics.jsonl` in `folder`.
+
+    Whatever the files hold beyond `resume_step` is cut off first, so that a resumed curve continues without
+    duplicates; a line that a killed process left unfinished goes with it.
+    """
+
+    def __init__(self, folder: Path, run_id: str, resume_step: int, wandb: WandbSink | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run_id = run_id
+        self._wandb = wandb
+        csv_path, jsonl_path = folder / "metrics.csv", folder / "metrics.jsonl"
+        _cut(csv_path, lambda line: _csv_step(line) <= resume_step, header=",".join(CSV_COLUMNS))
+        _cut(jsonl_path, lambda line: json.loads(line)["step"] <= resume_step)
+        self._csv, self._jsonl = csv_path.open("a", encoding="utf-8"), jsonl_path.open("a", encoding="utf-8")
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One line of a training step."""
+        self._write_jsonl({"kind": "step", **record})
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One CSV row, and one JSONL line with every figure of the evaluation."""
+        row = {**record, "run_id": self.run_id}
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, CSV_COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+        writer.writerow({key: "" if value is None else value for key, value in row.items()})
+        self._csv.write(buffer.getvalue())
+        self._csv.flush()
+        self._write_jsonl({"kind": "evaluation", **row})
+
+    def close(self) -> None:
+        """Close the files and wandb."""
+        self._csv.close()
+        self._jsonl.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _write_jsonl(self, record: dict[str, Any]) -> None:
+        self._jsonl.write(json.dumps(record) + "\n")
+        self._jsonl.flush()
+        if self._wandb is not None:
+            self._wandb.log(record)
+
+
+def _csv_step(line: str) -> int:
+    return int(next(csv.DictReader([",".join(CSV_COLUMNS), line]))["step"])
+
+
+def _cut(path: Path, keep: Callable[[str], bool], header: str | None = None) -> None:
+    """Rewrite `path` with the lines that `keep` accepts; the rewritten file replaces the old one in one move."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    whole = lines[:-1]  # what follows the last newline was being written when the process died
+    body = whole[1:] if header else whole
+    kept = ([header] if header else []) + [line for line in body if line and keep(line)]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def open_writer(config: RunConfig, run_id: str, resume_step: int, writes: bool) -> Iterator[MetricsWriter | None]:
+    """The run's records, on the rank that `writes`; None on the others."""
+    if not writes:
+        yield None
+        return
+    wandb = WandbSink(config, run_id) if config.wandb.mode != "disabled" else None
+    writer = MetricsWriter(config.folder, run_id, resume_step, wandb)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+class WandbSink:
+    """Sends every number of a record to wandb, under `train/` or `val/`; never asks for a login.
+
+    The project is `foveated-vlm-{phase}`. `online` without a login or a network becomes `offline` and says so.
+    """
+
+    def __init__(self, config: RunConfig, run_id: str):
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        mode = config.wandb.mode
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            logger.warning("wandb.mode = online, but nobody is logged in (no WANDB_API_KEY): recording offline")
+            mode = "offline"
+        arguments = {
+            "project": f"foveated-vlm-{config.phase}",
+            "name": config.name,
+            "id": run_id,
+            "resume": "allow",
+            "dir": str(config.folder),
+            "config": to_dict(config),
+            "settings": wandb.Settings(init_timeout=60, console="off"),
+        }
+        try:
+            self._run = wandb.init(mode=mode, **arguments)
+        except wandb.errors.CommError as error:
+            logger.warning("wandb cannot be reached (%s): recording offline", error)
+            self._run = wandb.init(mode="offline", **arguments)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Send the numbers of one record."""
+        prefix = "val" if record["kind"] == "evaluation" else "train"
+        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+        self._run.log({f"{prefix}/{key}": value for key, value in numbers.items()}, step=record["step"])
+
+    def close(self) -> None:
+        """Finish the run's files."""
+        self._run.finish()
+
+
+class Progress:
+    """Progress bar over samples, for rank 0; elsewhere it shows nothing."""
+
+    def __init__(self, total: int, done: int, shown: bool):
+        interval = 0.5 if sys.stderr.isatty() else 15
+        self._bar = tqdm(
+            total=total, initial=done, unit="sample", disable=not shown, mininterval=interval, dynamic_ncols=True
+        )
+
+    def update(self, samples: int, **figures: Any) -> None:
+        """Advance to `samples` seen and show the figures that exist."""
+        shown = {key: f"{value:.4g}" for key, value in figures.items() if value is not None}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(samples - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if not self._bar.disable:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()

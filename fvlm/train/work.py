@@ -1,0 +1,28 @@
+"""Necessary floating-point operations of a step, known from its plan alone."""
+
+from __future__ import annotations
+
+from fvlm.data.plan import Plan, Step
+from fvlm.data.table import DIMENSIONS, sample_costs
+from fvlm.model import FoveatedConfig
+from fvlm.model.flops import pack_flops
+
+_TOKENS, _COARSE = DIMENSIONS.index("tokens"), DIMENSIONS.index("coarse")
+
+
+def step_flops(config: FoveatedConfig, plan: Plan, step: Step, mode: str, fine_iterations: int) -> float:
+    """Forward and backward operations of all packs of a step, over all ranks."""
+    total = 0.0
+    for pack in step.packs:
+        costs = sample_costs(plan.table, pack.rows, pack.layouts, plan.mixture, plan.objective)
+        total += pack_flops(
+            config,
+            num_frames=pack.frames,
+            lengths=costs[:, _TOKENS].tolist(),
+            coarse_lengths=costs[:, _COARSE].tolist(),
+            num_visual=pack.visual,
+            num_labels=pack.labels,
+            mode=mode,
+            fine_iterations=fine_iterations,
+        ).training
+    return total

@@ -1,0 +1,129 @@
+"""Train a model: configuration and shards in; checkpoints, records and a summary out.
+
+deepspeed launch/train.py --config demo --ds_config zero2.json
+deepspeed --num_gpus 2 launch/train.py --config demo --ds_config zero2.json train.seed=7 --out runs/seed7
+python launch/train.py --config demo data.num_workers=0          (one rank, no launcher)
+
+The same command again continues an interrupted run. Exit code 0: done, 1: failed, 2: wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fvlm.config import RunConfig, load_config, save_config
+from fvlm.data.errors import SampleError
+from fvlm.data.plan import PlanState
+from fvlm.data.shard import find_shards
+from fvlm.evaluate.attention import save_maps
+from fvlm.evaluate.suite import build_suite, training_figures
+from fvlm.schema import ConfigError
+from fvlm.train.build import TrainingData, load_data, load_model, mixture, open_loader
+from fvlm.train.checkpoint import CheckpointStore
+from fvlm.train.describe import derived_numbers, run_summary, write_json
+from fvlm.train.engine import Engine, World, start_ranks, stop_ranks, world_from_environment
+from fvlm.train.guard import DivergenceError
+from fvlm.train.loop import Trainer
+from fvlm.train.metrics import open_writer
+from fvlm.train.start import find_start, seed_everything
+from fvlm.train.zero_config import fill, read_zero_json, resolve_dtype, zero_stage
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="run YAML: a path, or a bare name in launch/configs")
+    parser.add_argument("--ds_config", default="zero2.json", help="DeepSpeed JSON: a path, or a name in ds_configs")
+    parser.add_argument("--out", help="folder of the run; default runs/<name>")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.total_samples=1e5")
+    return parser.parse_intermixed_args()
+
+
+def validation(config: RunConfig, data: TrainingData, engine: Engine) -> Callable[[int], dict[str, float]] | None:
+    """What the loop calls to evaluate; None without validation shards."""
+    if not config.data.val:
+        return None
+    chosen, device = config.evaluation, engine.world.device
+    try:
+        suite = build_suite(
+            find_shards(list(config.data.val)),
+            data.tokenizer,
+            mixture(config),
+            image_size=config.model.frame_size,
+            device=device,
+            tasks=chosen.tasks,
+            objective=config.train.objective,
+            tokens=chosen.tokens,
+            most_samples=chosen.samples,
+            most_questions=chosen.questions,
+            cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else None,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data.val = {list(config.data.val)}: {error}") from error
+    mode, iterations = config.train.mode, config.train.fine_iterations[0]
+
+    def evaluate(step: int) -> dict[str, float]:
+        if "maps" in chosen.tasks:
+            maps = suite.maps(engine.module, [mode], iterations)
+            if engine.world.is_main:
+                save_maps(maps, config.folder / "attention" / f"step-{step:08d}")
+        return training_figures(suite, engine.module, mode, iterations)
+
+    return evaluate
+
+
+def train(config: RunConfig, zero: tuple[dict, str], world: World) -> None:
+    """Build in a fixed order, resume, run, sum up."""
+    dtype = resolve_dtype(config.train, world.device.type == "cuda")
+    data = load_data(config)
+    store = CheckpointStore(config.folder / "checkpoints", world)
+    state, checkpoint = find_start(config, data.identity(), world, zero_stage(zero[0]), dtype, store)
+    model = load_model(config, len(data.tokenizer), checkpoint)
+    engine = Engine(model, config.train, *zero, world)
+    evaluate = validation(config, data, engine)
+    seed_everything(config.train.seed, world.rank)
+    if checkpoint is not None:
+        store.load(engine, checkpoint, state)
+    if world.is_main:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.folder / "config.yaml")
+        for name, text in derived_numbers(config, data, engine, state).items():
+            logging.info("%-8s %s", name, text)
+    with open_writer(config, state.run_id, state.step, world.is_main) as writer:
+        trainer = Trainer(engine, config, data.plan, state, store, writer, evaluate)
+        trainer.run(open_loader(config, data, world, PlanState(**state.plan)))
+    if world.is_main:
+        write_json(config.folder / "run_summary.json", run_summary(config, data, engine, state))
+        logging.info("done: %s", config.folder / "run_summary.json")
+
+
+def main() -> int:
+    """Parse, train, and turn what went wrong into one message and an exit code."""
+    args = parse()
+    world = world_from_environment()
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    try:
+        config = load_config(args.config, [*args.overrides, *([f"out={args.out}"] if args.out else [])])
+        zero = read_zero_json(args.ds_config)
+        fill(*zero, config.train, world.size, resolve_dtype(config.train, world.device.type == "cuda"))
+        start_ranks()
+        train(config, zero, world)
+        stop_ranks()
+    except (ConfigError, DivergenceError, SampleError, OSError) as error:
+        if not world.is_main:  # rank 0 speaks first, and the launcher then ends the others
+            time.sleep(5)
+        print(f"train: rank {world.rank}: {error}" if world.rank else f"train: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

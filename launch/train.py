@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from torch import nn
+
 from fvlm.config import RunConfig, load_config, save_config
 from fvlm.data.errors import SampleError
 from fvlm.data.plan import PlanState
@@ -47,18 +49,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def validation(config: RunConfig, data: TrainingData, engine: Engine) -> Callable[[int], dict[str, float]] | None:
-    """What the loop calls to evaluate; None without validation shards."""
+def validation(config: RunConfig, data: TrainingData, world: World) -> Callable[[nn.Module, int], dict] | None:
+    """What the loop calls with the model and the step; None without validation shards."""
     if not config.data.val:
         return None
-    chosen, device = config.evaluation, engine.world.device
+    chosen = config.evaluation
     try:
         suite = build_suite(
             find_shards(list(config.data.val)),
             data.tokenizer,
             mixture(config),
             image_size=config.model.frame_size,
-            device=device,
+            device=world.device,
             tasks=chosen.tasks,
             objective=config.train.objective,
             tokens=chosen.tokens,
@@ -70,12 +72,12 @@ def validation(config: RunConfig, data: TrainingData, engine: Engine) -> Callabl
         raise ConfigError(f"data.val = {list(config.data.val)}: {error}") from error
     mode, iterations = config.train.mode, config.train.fine_iterations[0]
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
         if "maps" in chosen.tasks:
-            maps = suite.maps(engine.module, [mode], iterations)
-            if engine.world.is_main:
+            maps = suite.maps(model, [mode], iterations)
+            if world.is_main:
                 save_maps(maps, config.folder / "attention" / f"step-{step:08d}")
-        return training_figures(suite, engine.module, mode, iterations)
+        return training_figures(suite, model, mode, iterations)
 
     return evaluate
 
@@ -86,9 +88,9 @@ def train(config: RunConfig, zero: tuple[dict, str], world: World) -> None:
     data = load_data(config)
     store = CheckpointStore(config.folder / "checkpoints", world)
     state, checkpoint = find_start(config, data.identity(), world, zero_stage(zero[0]), dtype, store)
+    evaluate = validation(config, data, world)
     model = load_model(config, len(data.tokenizer), checkpoint)
     engine = Engine(model, config.train, *zero, world)
-    evaluate = validation(config, data, engine)
     seed_everything(config.train.seed, world.rank)
     if checkpoint is not None:
         store.load(engine, checkpoint, state)

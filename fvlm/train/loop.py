@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 
 from fvlm.config import RunConfig
 from fvlm.data.plan import Plan
@@ -51,7 +52,7 @@ class Trainer:
         state: where the run stands; updated in place.
         store: where checkpoints go.
         writer: records, on rank 0; None elsewhere.
-        evaluate: figures of the validation set at a step, called on every rank; None: no evaluation.
+        evaluate: figures of the validation set, from the model and the step, called on every rank; None: none.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Trainer:
         state: RunState,
         store: CheckpointStore,
         writer: MetricsWriter | None,
-        evaluate: Callable[[int], Mapping[str, float]] | None,
+        evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
     ):
         self.engine, self.config, self.plan, self.state = engine, config, plan, state
         self.store, self.writer, self.evaluate = store, writer, evaluate
@@ -182,7 +183,7 @@ class Trainer:
         """Record an evaluation; returns whether it is the best so far."""
         with self._clock.paused():
             random_before = random_state()  # evaluating must not change what is trained next
-            figures = dict(self.evaluate(self.state.step))
+            figures = dict(self.evaluate(self.engine.module, self.state.step))
             set_random_state(random_before)
         state = self.state
         unknown = [name for name in self.config.best_metric if name not in figures]

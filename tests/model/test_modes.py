@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fvlm.model import FoveatedVLM, MultiTokenVLM, build_model, tiny_config
-from fvlm.model.encoder import PIXEL_MEAN, PIXEL_STD
+from fvlm.model.encoder import PIXEL_MEAN, PIXEL_STD, projections
 from tests.model.samples import alone, mixed, pack
 
 VOCABULARY = 64
@@ -122,8 +122,8 @@ def test_shallow_query_is_one_plain_attention_over_final_features():
     frames = torch.randn(2, 3, 56, 56, dtype=torch.float64)
     layer = model.encoder.dino.encoder.layer[-1]
     features = layer.norm1(model.encoder.dino(frames).last_hidden_state)
-    linears = dict(layer.attention.named_modules())
-    key, value = (linears[name](features).view(2, 17, 3, 32) for name in ("k_proj", "v_proj"))
+    linears = projections(layer)
+    key, value = (linear(features).view(2, 17, 3, 32) for linear in (linears.k, linears.v))
     u = model.encoder.query_input_proj(model.q_static).view(3, 32)
     weights = (torch.einsum("hk,fnhk->fhn", u, key) / 32**0.5).softmax(-1)
     seen = torch.einsum("fhn,fnhk->fhk", weights, value).flatten(1)

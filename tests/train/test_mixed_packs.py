@@ -1,8 +1,8 @@
 """Ranks whose packs hold different things reduce the same gradients, in the same order.
 
-ZeRO-2 fills its buckets in the order in which gradients arrive. A pack whose graph is cut short somewhere (no frames, no
-samples) would not only let the other ranks wait: where the sizes happen to fit, it would add one parameter's gradient
-to another's. So the comparison is of values, with one process that has all packs.
+ZeRO-2 fills its buckets in the order in which gradients arrive. A pack whose graph is cut short somewhere (no frames,
+no samples) would not only let the other ranks wait: where the sizes happen to fit, it would add one parameter's
+gradient to another's. So the comparison is of values, with one process that has all packs.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class DataConfig:
     num_workers: int = field(default=2, **_operational)
     """Reading processes of each rank; 0 reads in the training process."""
     cache_dir: str | None = field(default=None, **_operational)
-    """Where indexes of foreign shards are kept."""
+    """Folder for the indexes of shards that come without one; null: such shards are an error."""
 
     def __post_init__(self) -> None:
         _require(len(self.train) > 0, "data.train", self.train, "at least one shard file, folder or glob")

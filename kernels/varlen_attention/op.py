@@ -29,7 +29,7 @@ def varlen_attention(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, 
             decrease, leave T or exceed ``max_seqlen``.
     """
     op = "varlen_attention"
-    require(q.ndim == 3, op, "q", "[T, h, k]", tuple(q.shape))
+    require(q.ndim == 3 and len(q) > 0, op, "q", "[T, h, k] with at least one row", tuple(q.shape))
     fits = (
         key.ndim == 3 and key.shape[0] == q.shape[0] and key.shape[2] == q.shape[2] and q.shape[1] % key.shape[1] == 0
     )

@@ -32,6 +32,20 @@ WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 DATA = {"plan": "p", "samples": 10}
 
 
+class TwoAlike(World):
+    """Rank 0 of two ranks that see the same."""
+
+    def gather(self, value):
+        return [value, value]
+
+
+class TwoUnlike(World):
+    """Rank 0 of two ranks, the other with another configuration."""
+
+    def gather(self, value):
+        return [value, ("other hash", *value[1:])]
+
+
 class StubEngine:
     """Writes files where an engine would."""
 
@@ -154,11 +168,16 @@ def test_another_run_in_the_same_folder_is_refused_with_the_difference(config, s
     with pytest.raises(ConfigError, match=r"other data.*'samples': 10"):
         start(config, store, data={**DATA, "samples": 11})
     with pytest.raises(ConfigError, match="made with ranks 1, this start has ranks 2"):
-        start(config, store, world=World(rank=0, size=2, local_rank=0, device=WORLD.device))
+        start(config, store, world=TwoAlike(rank=0, size=2, local_rank=0, device=WORLD.device))
     with pytest.raises(ConfigError, match="made with ZeRO stage 2, this start has ZeRO stage 3"):
         start(config, store, zero_stage=3)
     with pytest.raises(ConfigError, match="made with dtype fp32, this start has dtype bf16"):
         start(config, store, dtype="bf16")
+
+
+def test_ranks_that_see_different_things_are_refused(config, store):
+    with pytest.raises(ConfigError, match=r"ranks \[1\] see another configuration or other data than rank 0"):
+        start(config, store, world=TwoUnlike(rank=0, size=2, local_rank=0, device=WORLD.device))
 
 
 def test_operational_changes_resume(config, store):

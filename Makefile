@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 JOBS := $(shell n=$$(nproc); [ $$n -gt 2 ] && echo 2 || echo $$n)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
-RANKS ?= $(shell [ $(GPUS) -gt 0 ] && echo $(GPUS) || echo $(JOBS))
+RANKS ?= $(shell [ $(GPUS) -eq 0 ] && echo $(JOBS) || { [ $(GPUS) -gt 2 ] && echo 2 || echo $(GPUS); })
 PREPARE := $(BIN)/python -m data_prep.prepare --source folder --size 56 --tokenizer tiny
+export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 TRAIN := OMP_NUM_THREADS=$(shell echo $$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))) PATH="$(CURDIR)/$(BIN):$$PATH" \
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py
+	$(BIN)/deepspeed --log_level warning --num_gpus $(RANKS) launch/train.py
 REAL ?= ../shared/fixtures/videos/manifest.jsonl
 
 .PHONY: help install demo demo-real test test-all lint format clean
@@ -31,6 +32,8 @@ demo: install  ## draw clips, prepare, train, evaluate, report: under ten minute
 	$(TRAIN) --config demo --ds_config zero2.json name=demo-pooled-4 model.architecture=multi_token model.grid=4
 	$(TRAIN) --config demo --ds_config zero2.json name=demo-coarse train.mode=coarse_only
 	$(BIN)/python launch/evaluate.py --checkpoint runs/demo
+	$(BIN)/python launch/evaluate.py --checkpoint runs/demo-pooled-4 --tasks loss slots
+	$(BIN)/python launch/evaluate.py --checkpoint runs/demo-coarse --tasks loss slots --modes coarse_only
 	$(BIN)/python launch/report.py runs/demo --compare runs/demo-pooled-4 runs/demo-coarse
 	@echo; echo "Look at runs/demo/report.md (curves, three modes) and runs/demo/figures/strip-00.png (where each token looked)."
 

@@ -35,5 +35,7 @@ setup(
     extras_require={
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "kernels", "setuptools>=70.1"],
         "gpu": ["triton>=3.6"],
+        "eval": ["pycocoevalcap>=1.2"],
+        "demo": ["gradio>=6"],
     },
 )

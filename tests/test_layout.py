@@ -8,8 +8,6 @@ import subprocess
 import sys
 import zipfile
 
-import pytest
-
 LIMIT = 400
 ORDER = ["fvlm.kernels", "fvlm.model", "fvlm.data", "fvlm.train", ("fvlm.research", "fvlm.hub", "fvlm.evaluate")]
 
@@ -77,7 +75,6 @@ def test_imports_run_one_way(repo_root):
     assert wrong == []
 
 
-@pytest.mark.slow
 def test_the_wheel_carries_the_kernels(repo_root, tmp_path):
     """Built from tracked files alone, unpacked elsewhere, imported without the checkout."""
     source = tmp_path / "source"

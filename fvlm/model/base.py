@@ -50,7 +50,7 @@ class VLMOutput(ModelOutput):
     """Result of a pass; fields that were not asked for are None."""
 
     loss: Tensor | None = None
-    """Padded form with labels: mean loss over labels."""
+    """Padded form with labels: mean loss over labels; 0 where there is none."""
     logits: Tensor | None = None
     """Padded form: [B, visual + text positions, vocabulary], zero at padding."""
     loss_sum: Tensor | None = None
@@ -151,7 +151,7 @@ class VisionLanguageModel(PreTrainedModel):
         positions = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])[padded.row_of_position]
         out.logits = F.linear(positions, self.llm.lm_head.weight)
         if labels is not None:
-            out.loss = out.loss_sum / out.num_labels
+            out.loss = out.loss_sum / out.num_labels.clamp(min=1)
         return out
 
     def _forward_packed(self, batch, mode, fine_iterations, entropy, coarse_loss) -> VLMOutput:

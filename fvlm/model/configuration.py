@@ -20,6 +20,7 @@ class FoveatedConfig(PreTrainedConfig):
         random_queries: control experiment: fine queries are drawn N(0, 1), not written by the language model.
         architecture: ``"foveated"`` or ``"multi_token"``.
         grid: cells a frame of the multi-token baseline: 1, 4 or 16.
+        image_size: side of the frames in pixels; 224 unless given, or the position table's size if smaller.
 
     Raises:
         ValueError: a value outside of the above, naming the key.
@@ -39,6 +40,7 @@ class FoveatedConfig(PreTrainedConfig):
         random_queries: bool = False,
         architecture: str = "foveated",
         grid: int = 4,
+        image_size: int | None = None,
         **kwargs,
     ):
         self.llm_config = _as_config(llm_config, LlamaConfig)
@@ -51,20 +53,17 @@ class FoveatedConfig(PreTrainedConfig):
         self.random_queries = random_queries
         self.architecture = architecture
         self.grid = grid
+        self.image_size = image_size or min(self.vision_config.image_size, 224)
         _require(architecture in ARCHITECTURES, "architecture", f"one of {ARCHITECTURES}", architecture)
         _require(grid in (1, 4, 16), "grid", "1, 4 or 16", grid)
         _require(tokens_per_frame >= 1, "tokens_per_frame", "at least 1", tokens_per_frame)
         learnable = query_logit_scale == "learnable"
         number = isinstance(query_logit_scale, (int, float)) and query_logit_scale > 0
         _require(learnable or number, "query_logit_scale", "a positive number or 'learnable'", query_logit_scale)
-        _require(deep_query or self.query_dim > 0, "query_dim", "positive", self.query_dim)
+        whole = self.image_size % self.patch_size == 0
+        _require(whole, "image_size", f"a multiple of the patch, {self.patch_size}", self.image_size)
         kwargs.setdefault("tie_word_embeddings", self.llm_config.tie_word_embeddings)
         super().__init__(**kwargs)
-
-    @property
-    def image_size(self) -> int:
-        """Frame side in pixels at which the position table needs no resizing."""
-        return self.vision_config.image_size
 
     @property
     def patch_size(self) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,13 +68,16 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     """A state dict from ``.safetensors``, or from a ``.pt`` that is one or holds one as ``model_state_dict``.
 
     Raises:
-        ValueError: another kind of file, or contents that are not tensors by name.
+        ValueError: another kind of file, a damaged one, or contents that are not tensors by name.
     """
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    if file.suffix not in (".pt", ".pth", ".bin"):
+    if file.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise ValueError(f"{file}: expected a .safetensors or .pt file")
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file}: damaged, or not what its name says: {error}") from error
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f"{file}: expected tensors by name, or a dictionary with model_state_dict")

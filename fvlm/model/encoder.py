@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Model
+from transformers.utils import ModelOutput
 
 from ..kernels.query_attention import query_attention
 from ..kernels.query_attention.reference import attention_weights
@@ -24,12 +25,12 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass
-class EncodedFrames:
-    """Everything later passes need of the frames; computed once."""
+class EncodedFrames(ModelOutput):
+    """Everything later passes need of the frames; a mapping, in which an engine's hooks find the tensors."""
 
-    keys: list[Tensor]
+    layer_keys: list[Tensor] | None = None
     """Per layer that queries read: [F, N, h, k]."""
-    values: list[Tensor]
+    layer_values: list[Tensor] | None = None
     coarse: Tensor | None = None
     """[F, D]: what the coarse query, which rode along, saw in each frame, after the output projection."""
     features: Tensor | None = None
@@ -83,7 +84,7 @@ class FoveatedEncoder(nn.Module):
         self.num_heads = config.vision_config.num_attention_heads
         self.output_proj = nn.Linear(width, width)
         learnable = config.query_logit_scale == "learnable"
-        self.query_logit_scale = nn.Parameter(torch.ones(())) if learnable else config.query_logit_scale
+        self.query_logit_scale = nn.Parameter(torch.ones(1)) if learnable else config.query_logit_scale
         if config.architecture == "foveated":
             self.query_input_proj = nn.Linear(config.query_dim, width, bias=False)
         self.gradient_checkpointing = False
@@ -112,16 +113,16 @@ class FoveatedEncoder(nn.Module):
             x, key, value = self._run_block(layer, x, num_keys, last)
             keys.append(key)
             values.append(value)
-        encoded = EncodedFrames(keys, values)
-        if rides:
-            encoded.coarse = self._output(x[:, -1])
+        encoded = EncodedFrames(layer_keys=keys, layer_values=values)
         if features or not self.deep:
-            encoded.features = self.dino.layernorm(x[:, :num_keys])
+            encoded["features"] = self.dino.layernorm(x[:, :num_keys])
         if not self.deep:
-            encoded.keys, encoded.values = self._shallow_keys(encoded.features)
-        if coarse_query is not None and not rides:
+            encoded["layer_keys"], encoded["layer_values"] = self._shallow_keys(encoded.features)
+        if rides:
+            encoded["coarse"] = self._output(x[:, -1])
+        elif coarse_query is not None:
             every_frame = torch.arange(len(frames), device=frames.device)
-            encoded.coarse = self.look(coarse_query.expand(len(frames), -1), encoded, every_frame).z
+            encoded["coarse"] = self.look(coarse_query.expand(len(frames), -1), encoded, every_frame).z
         return encoded
 
     @property
@@ -136,10 +137,12 @@ class FoveatedEncoder(nn.Module):
         weight, bias = projection.weight, projection.bias
         if frames.dtype == torch.uint8:
             # conv((x/255 − mean)/std) = conv'(x) with weights over 255·std and the mean's share taken off the bias
-            mean = torch.tensor(PIXEL_MEAN, dtype=weight.dtype, device=weight.device).view(1, 3, 1, 1)
-            std = torch.tensor(PIXEL_STD, dtype=weight.dtype, device=weight.device).view(1, 3, 1, 1)
-            bias = bias - (weight * (mean / std)).sum((1, 2, 3))
-            weight = weight / (255 * std)
+            # (in float32: the share is a sum of hundreds of products), and rounded once
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            mean = torch.tensor(PIXEL_MEAN, dtype=exact, device=weight.device).view(1, 3, 1, 1)
+            std = torch.tensor(PIXEL_STD, dtype=exact, device=weight.device).view(1, 3, 1, 1)
+            bias = (bias - (weight * (mean / std)).sum((1, 2, 3))).to(weight.dtype)
+            weight = (weight / (255 * std)).to(weight.dtype)
         patches = F.conv2d(frames.to(weight.dtype), weight, bias, stride=projection.stride).flatten(2).transpose(1, 2)
         x = torch.cat([embeddings.cls_token.expand(len(frames), -1, -1), patches], dim=1)
         return x + embeddings.interpolate_pos_encoding(x, frames.shape[2], frames.shape[3])
@@ -204,13 +207,15 @@ class FoveatedEncoder(nn.Module):
             return out.flatten(1)
 
         if self.deep:
-            for layer, key, value in zip(self.dino.encoder.layer, encoded.keys, encoded.values, strict=True):
+            for layer, key, value in zip(
+                self.dino.encoder.layer, encoded.layer_keys, encoded.layer_values, strict=True
+            ):
                 proj = projections(layer)
                 seen = attend(self._heads(proj.q(layer.norm1(u))), key, value)
                 u = u + layer.layer_scale1(proj.o(seen))
                 u = u + layer.layer_scale2(layer.mlp(layer.norm2(u)))
         else:
-            u = attend(self._heads(u), encoded.keys[0], encoded.values[0])
+            u = attend(self._heads(u), encoded.layer_keys[0], encoded.layer_values[0])
         return Look(
             self._output(u),
             torch.stack(entropies).mean((0, 2)) if entropy else None,

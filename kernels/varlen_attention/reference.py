@@ -36,7 +36,7 @@ def varlen_attention_torch(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Te
     if q.device.type == "cpu":  # reading lengths costs no synchronisation here, so L and S need not be the worst case
         lengths = cu_seqlens.diff()
         lengths = lengths[lengths > 0] if bool((lengths > 0).any()) else lengths[:1]
-        # without any sample one unused slot stays: the graph, and so the order of gradients, must not depend on the data
+        # without any sample one unused slot stays: the order of gradients must not depend on the data
         cu_seqlens, max_seqlen = F.pad(lengths.cumsum(0), (1, 0)), max(1, int(lengths.max()))
     slots = _Slots(cu_seqlens.long(), max_seqlen, q.shape[0])
     group = q.shape[1] // key.shape[1]

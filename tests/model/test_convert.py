@@ -64,8 +64,20 @@ def test_a_pickle_with_code_is_refused(tmp_path):
             return (print, ("executed",))
 
     torch.save({"model_state_dict": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(ValueError, match=r"[Ww]eights.only"):
         read_state_dict(tmp_path / "trap.pt")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_damaged_files_are_named(tmp_path, name):
+    model = build_model(tiny_config(VOCABULARY))
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    whole = (tmp_path / name).read_bytes()
+    for cut in (0, 100, len(whole) // 2):
+        (tmp_path / name).write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            read_state_dict(tmp_path / name)
 
 
 def test_nothing_to_load_is_said_plainly(tmp_path):

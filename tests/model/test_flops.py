@@ -14,8 +14,14 @@ from fvlm.model.padded import pack_padded
 
 @pytest.mark.parametrize(
     ("overrides", "iterations"),
-    [({}, 1), ({}, 2), ({"deep_query": False}, 1), ({"architecture": "multi_token", "grid": 4}, 1)],
-    ids=["deep", "two iterations", "shallow", "multi-token"],
+    [
+        ({}, 1),
+        ({}, 2),
+        ({"deep_query": False}, 1),
+        ({"architecture": "multi_token", "grid": 4}, 1),
+        ({"image_size": 28}, 1),
+    ],
+    ids=["deep", "two iterations", "shallow", "multi-token", "frames smaller than the position table"],
 )
 def test_forward_operations_equal_torchs_counter(overrides, iterations, monkeypatch):
     monkeypatch.setenv("FVLM_KERNELS", "reference")  # attention as plain products, which the counter sees in full
@@ -25,7 +31,9 @@ def test_forward_operations_equal_torchs_counter(overrides, iterations, monkeypa
     samples, frames, text = 2, 3, 7
     looks = config.grid if overrides.get("architecture") else 1
     labels = torch.randint(3, 64, (samples, text))
-    pack = pack_padded(config, torch.randn(samples, frames, 3, 56, 56), labels, labels=labels).batch
+    pack = pack_padded(
+        config, torch.randn(samples, frames, 3, config.image_size, config.image_size), labels, labels=labels
+    ).batch
     with FlopCounterMode(display=False) as counter:
         model(batch=pack, fine_iterations=iterations)
     lengths, coarse = [frames * looks + text] * samples, [frames * looks] * samples

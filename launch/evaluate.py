@@ -23,7 +23,7 @@ from fvlm.data.chat import load_tokenizer
 from fvlm.data.errors import SampleError
 from fvlm.data.shard import find_shards
 from fvlm.evaluate.attention import save_maps
-from fvlm.evaluate.checkpoint import Checkpoint, open_checkpoint
+from fvlm.evaluate.checkpoint import Checkpoint, cast_parameters, open_checkpoint
 from fvlm.evaluate.suite import MODES, TASKS, Suite, build_suite, evaluate_modes
 from fvlm.research.reading import with_interval
 from fvlm.schema import ConfigError
@@ -31,18 +31,30 @@ from fvlm.train.describe import commit, environment, write_json
 from fvlm.train.engine import World, start_ranks, stop_ranks, world_from_environment
 
 
+def at_least_one(text: str) -> int:
+    """A count from the command line."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return count
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder (its best), checkpoint, model folder, hf:name")
     parser.add_argument("--data", nargs="+", help="validation shards: files, folders, globs; default: the run's")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: all that the data has questions for")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    parser.add_argument("--fine-iterations", type=int, help="of coarse_fine; default: the run's first, or 1")
+    parser.add_argument("--fine-iterations", type=at_least_one, help="of coarse_fine; default: the run's first, or 1")
     parser.add_argument("--tokenizer", help="tiny, a Hugging Face id or a folder; default: the run's")
-    parser.add_argument("--samples", type=int, help="validation samples for the losses; default: all")
-    parser.add_argument("--questions", type=int, help="questions of each choice task; default: all")
-    parser.add_argument("--tokens", type=int, default=8192, help="rows of a pack")
+    parser.add_argument("--samples", type=at_least_one, help="validation samples for the losses; default: all")
+    parser.add_argument("--questions", type=at_least_one, help="questions of each choice task; default: all")
+    parser.add_argument("--tokens", type=at_least_one, default=8192, help="rows of a pack")
+    parser.add_argument("--cache-dir", help="folder for indexes of shards made elsewhere; default: the run's")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--out", type=Path, help="folder for evaluation.json and maps; default: RUN/evaluation")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
@@ -58,6 +70,7 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint, world: World) -> S
     tokenizer = args.tokenizer or (config.tokenizer if config else None)
     if tokenizer is None:
         raise ConfigError("--tokenizer: the checkpoint does not say which; give tiny, a Hugging Face id or a folder")
+    cache_dir = args.cache_dir or (config.data.cache_dir if config else None)
     return build_suite(
         find_shards(data),
         load_tokenizer(tokenizer),
@@ -69,7 +82,7 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint, world: World) -> S
         tokens=args.tokens,
         most_samples=args.samples,
         most_questions=args.questions,
-        cache_dir=Path(config.data.cache_dir) if config and config.data.cache_dir else None,
+        cache_dir=Path(cache_dir) if cache_dir else None,
     )
 
 
@@ -84,7 +97,8 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     """Open, ask, write, print."""
     out, checkpoint = output_folder(args), open_checkpoint(args.checkpoint)
     suite = prepare(args, checkpoint, world)
-    model = checkpoint.model.to(world.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = cast_parameters(checkpoint.model.to(world.device), dtype)
     iterations = args.fine_iterations or (checkpoint.config.train.fine_iterations[0] if checkpoint.config else 1)
     has_modes = model.config.architecture == "foveated"
     modes = args.modes if has_modes else ["coarse_fine"]  # without queries all modes are the same
@@ -106,6 +120,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         "environment": environment(),
         **found,
         "maps": [str(path.relative_to(out)) for path in paths],
+        "maps_skipped": dict(suite.clips_skipped),
     }
     write_json(out / "evaluation.json", record)
     print_table(record)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from fvlm.data.errors import SampleError
 LICENCE = "as of the files in the folder"
 _STRINGS = ("user", "assistant", "chosen", "rejected", "source")
 _LISTS = ("turns", "narration", "options", "look_at", "tags")
+_CELLS = 4  # rows and columns of the grid that `look_at` points into
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +118,23 @@ def _meta(fields: dict) -> dict:
     for name in _LISTS:
         if not isinstance(fields.get(name, []), list):
             raise SampleError("wrong_type", f"{name}: expected a list, found {type(fields[name]).__name__}")
+    _check_each(fields, "narration", lambda said: isinstance(said, str), "a string")
+    _check_each(fields, "look_at", _is_place, f"null or [row, column] of 0 to {_CELLS - 1}")
     if not isinstance(fields.get("stream", False), bool):
         raise SampleError("wrong_type", f"stream: expected true or false, found {fields['stream']!r}")
     known = ("source", "user", "assistant", "turns", "chosen", "rejected", *_LISTS[1:], "answer", "stream")
     return {"source": "folder"} | {name: fields[name] for name in known if name in fields}
+
+
+def _check_each(fields: dict, name: str, fits: Callable[[object], bool], expected: str) -> None:
+    for frame, entry in enumerate(fields.get(name, [])):
+        if not fits(entry):
+            raise SampleError("wrong_type", f"{name}, frame {frame}: expected {expected}, found {entry!r}")
+
+
+def _is_place(entry: object) -> bool:
+    cell = isinstance(entry, list) and len(entry) == 2 and all(type(at) is int and 0 <= at < _CELLS for at in entry)
+    return entry is None or cell
 
 
 def _check_text(meta: dict) -> None:

@@ -136,7 +136,7 @@ def segments(
     visual = _visual(meta, looks, tokens_per_frame)
     chat = ChatWriter(tokenizer)
     if layout == Layout.NARRATED and visual is not None:
-        _narrate(chat, meta, turns[0][0], tokens_per_frame)
+        _narrate(chat, meta, turns[0][0], visual)
         return chat.finish()
     chat.turn("system", SYSTEM_MESSAGE)
     if visual is None:
@@ -196,8 +196,8 @@ def _visual(meta: Mapping, looks: int, tokens_per_frame: int) -> Visual | None:
     return Visual(tuple(np.repeat(np.arange(count), tokens_per_frame).tolist()))
 
 
-def _narrate(chat: ChatWriter, meta: Mapping, user: str, tokens_per_frame: int) -> None:
-    narration, count = meta.get("narration"), meta["frame_count"]
+def _narrate(chat: ChatWriter, meta: Mapping, user: str, visual: Visual) -> None:
+    narration, count = meta.get("narration"), len(set(visual.frames))
     if not isinstance(narration, list) or len(narration) != count or not has_narration(meta):
         raise SampleError("bad_narration", f"expected a list of {count} strings, one a frame, not all of them blank")
     if not meta.get("stream"):
@@ -205,7 +205,7 @@ def _narrate(chat: ChatWriter, meta: Mapping, user: str, tokens_per_frame: int) 
         chat.turn("user", user)
         chat.open("assistant", "")
     for frame, said in enumerate(narration):
-        chat.visual(Visual((frame,) * tokens_per_frame))
+        chat.visual(Visual((frame,) * visual.frames.count(frame)))
         if frame == 0 and meta.get("stream"):
             chat.open("assistant", "")
         chat.plain(_check_string(said, f"narration {frame}"), is_answer=True)

@@ -98,8 +98,8 @@ class PackLoader:
         """`shards` and `indexes` in the order of the plan's table; `image_size` in pixels.
 
         Raises ValueError if the ranks do not divide `packs_per_step`, or the shards are not those of the plan.
-        Iterating raises RuntimeError when more than `max_bad_share` of the samples read so far (and at least 10) are
-        lost, and whatever else goes wrong in a worker.
+        Iterating raises SampleError `too_many_unreadable` when more than `max_bad_share` of the samples read so far
+        (and at least 10) are lost, and whatever else goes wrong in a worker.
         """
         if packs_per_step < 1 or packs_per_step % world_size:
             raise ValueError(
@@ -167,10 +167,11 @@ class PackLoader:
         for sample in lost:
             logger.warning("skipped %s, %s: %s: %s", sample.shard, sample.key, sample.reason, sample.detail)
         if lost and reasons.total() >= _MIN_LOST and reasons.total() > self._max_bad_share * num_read:
-            raise RuntimeError(
+            raise SampleError(
+                "too_many_unreadable",
                 f"{reasons.total()} of {num_read} samples could not be read: {dict(reasons)}, the last one "
                 f"{lost[-1].key} of {lost[-1].shard}; more than max_bad_share = {self._max_bad_share} allows: "
-                f"repair the shards or raise it"
+                f"repair the shards or raise it",
             )
 
 

@@ -89,7 +89,7 @@ class ShardIndex:
         names = tuple(sorted(set(sources)))
         frames = np.array([frame for row in rows for frame in row.frames], np.int64).reshape(-1, 2)
         places = np.array([row.json for row in rows], np.int64).reshape(-1, 2)
-        counts = np.array([astuple(row.counts) for row in rows], np.int32).reshape(len(rows), -1)
+        counts = np.array([astuple(row.counts) for row in rows], np.int32).reshape(-1, len(fields(TextCounts)))
         num_frames = np.array([len(row.frames) for row in rows], np.int32)
         return cls(
             keys=np.array([row.key for row in rows], np.str_),
@@ -154,7 +154,10 @@ def load_index(
             return index
         reasons.append(reason)
     if cache_dir is None:
-        raise ValueError(f"shard {tar_path} has no usable index: {reasons[0]}; name a folder to build indexes in")
+        raise ValueError(
+            f"shard {tar_path} has no usable index: {reasons[0]}; name a folder to build indexes in "
+            f"(data.cache_dir of a run, --cache-dir of launch/evaluate.py)"
+        )
     logger.warning("building the index of %s in %s: %s", tar_path, cache_dir, reasons[0])
     index = build_index(tar_path, tokenizer)
     candidates[-1].parent.mkdir(parents=True, exist_ok=True)

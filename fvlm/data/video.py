@@ -217,9 +217,9 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
 
 
 def decode_jpeg(content: bytes, size: int) -> np.ndarray:
-    """uint8 [3, size, size] RGB (a transposed view); a JPEG of another size is scaled and centre-cropped.
+    """uint8 [3, size, size] RGB (a transposed view); a larger JPEG (foreign shards) is scaled and centre-cropped.
 
-    Raises MediaError `bad_jpeg` or `too_many_pixels`.
+    Raises MediaError `bad_jpeg`, `too_many_pixels`, or `too_small`: a frame is never blown up.
     """
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(content)
@@ -230,6 +230,8 @@ def decode_jpeg(content: bytes, size: int) -> np.ndarray:
         if isinstance(error, MediaError):
             raise
         raise MediaError("bad_jpeg", str(error)) from error
+    if min(height, width) < size:
+        raise MediaError("too_small", f"a frame of {width} x {height}, expected {size}: prepare with --size {size}")
     if pixels.shape[:2] != (size, size):
         pixels = crop(Image.fromarray(pixels), size)
     return pixels.transpose(2, 0, 1)

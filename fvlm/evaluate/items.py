@@ -115,5 +115,10 @@ def has_options(meta: Mapping) -> bool:
 
 def is_listing(meta: Mapping) -> bool:
     """Whether a sample's answer is a list of words, each said after one of its frames (so each word is a slot)."""
-    said = "".join(meta.get("narration") or ()).split()
-    return not has_options(meta) and len(said) > 1 and said == str(meta.get("assistant", "")).split()
+    narration, answer = meta.get("narration"), meta.get("assistant")
+    if not isinstance(narration, list) or not all(isinstance(said, str) for said in narration):
+        return False
+    if has_options(meta) or meta.get("turns") or not isinstance(answer, str):
+        return False
+    said = "".join(narration).split()
+    return len(said) > 1 and said == answer.split()

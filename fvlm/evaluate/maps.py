@@ -80,8 +80,11 @@ def load_clip(path: str | Path) -> ClipMaps:
             raise ValueError(f"{path}: missing array(s) {', '.join(missing)}; not a file of attention maps")
         text = json.loads(str(arrays["text"]))
         maps = {name[len("maps_") :]: arrays[name] for name in arrays.files if name.startswith("maps_")}
-        rest = {name: arrays[name] for name in ("frames", "visual_frame", "look_at")}
-    return ClipMaps(maps=maps, **text, **rest)
+        rest = {name: arrays[name] for name in ("frames", "visual_frame")}
+        look_at = arrays["look_at"]
+    # A place that is none of the grid asks about nothing: shares and boxes exist for cells only.
+    inside = ((look_at >= 0) & (look_at < CELLS)).all(axis=-1, keepdims=True)
+    return ClipMaps(maps=maps, look_at=np.where(inside, look_at, -1), **text, **rest)
 
 
 def grid_side(num_patches: int) -> int:
@@ -93,9 +96,11 @@ def grid_side(num_patches: int) -> int:
 
 
 def patch_heat(maps: np.ndarray) -> np.ndarray:
-    """[V, L, h, N+1] -> float64 [V, N]: mean over heads and the later half of layers, patches only, summing to 1."""
-    layers = maps.shape[1]
-    heat = maps[:, layers // 2 :, :, 1:].astype(np.float64).mean(axis=(1, 2))
+    """[V, L, h, N+1] -> float64 [V, N]: mean over heads and all layers, patches only, summing to 1.
+
+    No layer is left out: early ones may find the place and late ones read it out, or the other way round.
+    """
+    heat = maps[..., 1:].astype(np.float64).mean(axis=(1, 2))
     return heat / heat.sum(axis=-1, keepdims=True)
 
 

@@ -143,6 +143,8 @@ def _option_question(item: Item, tokenizer: PreTrainedTokenizerBase, presentatio
     meta, options, answer = item.meta, item.meta["options"], item.meta.get("answer")
     if meta.get("turns"):
         raise SampleError("bad_options", "options belong to one user text and one answer, not to several turns")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise SampleError("bad_options", f"options {options!r}: expected a list of strings")
     if not isinstance(answer, int) or not 0 <= answer < len(options) or len(options) < 2:
         raise SampleError(
             "bad_options", f"{len(options)} options, answer {answer!r}: expected an index into two or more"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fvlm.data.loader import PackLoader
 from fvlm.data.plan import Capacities, Mixture, Plan, PlanState, SampleTable
 from fvlm.data.shard import load_index
-from fvlm.evaluate.attention import choose_clips, clip_maps
+from fvlm.evaluate.attention import choose_clips, clip_maps, read_clip
 from fvlm.evaluate.items import Item, Presentation, has_options, in_turn, is_listing, read_items
 from fvlm.evaluate.maps import ClipMaps
 from fvlm.evaluate.multiple_choice import Answer, ChoiceTask, multiple_choice, slots, summarise
@@ -26,6 +26,7 @@ from fvlm.schema import ConfigError
 MODES = ("coarse_only", "coarse_fine", "autoregressive")
 TASKS = ("loss", "blank", "mc", "slots", "maps")
 SUMMARY_FIGURES = ("accuracy", "n", "chance", "low", "high")
+_RESERVE = 4  # clips kept for each one shown, to stand in for unreadable ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,12 @@ class Suite:
     """Samples that the packs have no room for, by reason; known once a pass is through."""
     choice: list[ChoiceTask]
     clips: list[Item]
+    """The fixed clips for attention maps, and behind them those that take the place of unreadable ones."""
+    num_clips: int
+    """How many of them are shown."""
     device: torch.device
+    clips_skipped: Counter = field(default_factory=Counter)
+    """Clips that the latest `maps` could not show, by reason."""
 
     def losses(self, model: nn.Module, mode: str, fine_iterations: int = 1, blank: bool = False) -> LossReport:
         """Losses over the set; `blank`: with mid-grey frames."""
@@ -55,11 +61,24 @@ class Suite:
         return time_mode(model, self.batches(), mode, fine_iterations)[0]
 
     def maps(self, model: nn.Module, modes: Sequence[str], fine_iterations: int = 1) -> list[ClipMaps]:
-        """Attention maps of the fixed clips; none of a model without queries, such as the multi-token baseline."""
+        """Attention maps of the fixed clips; none of a model without queries, such as the multi-token baseline.
+
+        An unreadable clip is logged, counted in `clips_skipped` and replaced by the next one, the same on every rank.
+        """
+        self.clips_skipped.clear()
+        found: list[ClipMaps] = []
         if not hasattr(model, "attention_maps"):
-            return []
+            return found
         shared = (self.tokenizer, self.presentation, self.device, modes, fine_iterations)
-        return [clip_maps(model, item, *shared) for item in self.clips]
+        for item in self.clips:
+            if len(found) == self.num_clips:
+                break
+            ready = read_clip(item, self.tokenizer, self.presentation)
+            if isinstance(ready, Item):
+                found.append(clip_maps(model, ready, *shared))
+            else:
+                self.clips_skipped[ready] += 1
+        return found
 
 
 def build_suite(
@@ -69,7 +88,7 @@ def build_suite(
     *,
     image_size: int,
     device: torch.device | str,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] | None = None,
     objective: str = "ce_all",
     tokens: int = 8192,
     most_samples: int | None = None,
@@ -81,6 +100,7 @@ def build_suite(
     """Reads the metadata of a validation set and lays out what is asked of it.
 
     Args:
+        tasks: a part of `TASKS`; None: all that the set has questions for.
         mixture: of training; only how samples are shown is taken from it (looks, tokens_per_frame, grid). The set
             itself is shown once, in its own composition, video first.
         tokens: rows of a pack.
@@ -91,7 +111,8 @@ def build_suite(
         ConfigError: an unknown task, a choice task without a single question in the set, or a set without a sample that
             can be shown.
     """
-    unknown = set(tasks) - set(TASKS)
+    chosen = list(TASKS if tasks is None else tasks)
+    unknown = set(chosen) - set(TASKS)
     if unknown:
         raise ConfigError(f"tasks: {', '.join(sorted(unknown))} unknown; expected some of {', '.join(TASKS)}")
     presentation = Presentation(image_size=image_size, grid=mixture.grid, **mixture.visual_arguments)
@@ -117,33 +138,38 @@ def build_suite(
     questions = {"mc": has_options, "slots": is_listing}
     asked = {"mc": multiple_choice, "slots": slots}
     choice = []
-    for task in [name for name in questions if name in tasks]:
+    for task in [name for name in questions if name in chosen]:
         found = read_items(shards, tokenizer, image_size, questions[task], most=most_questions, cache_dir=cache_dir)
         items, unreadable = found
+        if not items and tasks is None:
+            chosen.remove(task)
+            continue
         if not items:
             kind = "with options" if task == "mc" else "answered by a list of words, one a frame"
             raise ConfigError(f"tasks: {task} was asked, and no sample of the set is {kind}; leave {task} out")
         prepared = asked[task](items, tokenizer, presentation)
         choice.append(replace(prepared, skipped=prepared.skipped + unreadable))
     return Suite(
-        tasks=tuple(tasks),
+        tasks=tuple(chosen),
         presentation=presentation,
         tokenizer=tokenizer,
         source_names=plan.table.source_names,
         batches=batches,
         refused=lambda: plan.refused,
         choice=choice,
-        clips=_fixed_clips(shards, tokenizer, image_size, cache_dir, num_clips) if "maps" in tasks else [],
+        clips=_fixed_clips(shards, tokenizer, image_size, cache_dir, _RESERVE * num_clips) if "maps" in chosen else [],
+        num_clips=num_clips,
         device=torch.device(device),
     )
 
 
 def _plan(table: SampleTable, mixture: Mixture, objective: str, tokens: int, most: int | None) -> Plan:
     """One pass over the set in its own composition, video first."""
+    total = len(table) if most is None else min(len(table), most)
     shown = Mixture(looks=mixture.looks, tokens_per_frame=mixture.tokens_per_frame, grid=mixture.grid)
     try:
         capacities = Capacities.propose(table, shown, tokens=tokens, objective=objective)
-        return Plan(table, shown, capacities, objective, seed=0, total_samples=min(len(table), most or len(table)))
+        return Plan(table, shown, capacities, objective, seed=0, total_samples=total)
     except ValueError as error:
         raise ConfigError(f"validation set of {len(table)} samples: {error}") from error
 
@@ -158,13 +184,16 @@ def _fixed_clips(
 def training_figures(suite: Suite, model: nn.Module, mode: str, fine_iterations: int = 1) -> dict[str, float]:
     """What an evaluation during training records: losses under the names of metrics.csv, and accuracies.
 
-    Accuracies are named task/mode/figure, such as `slots/coarse_fine/accuracy`, beside n, chance, low and high.
+    Accuracies are named task/mode/figure, such as `slots/coarse_fine/accuracy`, beside n, chance, low and high;
+    `maps/skipped` counts the clips that the latest attention maps had to leave out.
     """
     figures = suite.losses(model, mode, fine_iterations).metrics()
     for task in suite.choice:
         answers, _ = task.run(model, device=suite.device, mode=mode, fine_iterations=fine_iterations)
         overall = summarise(answers)["overall"]
         figures |= {f"{task.name}/{mode}/{name}": overall[name] for name in SUMMARY_FIGURES if name in overall}
+    if "maps" in suite.tasks:
+        figures["maps/skipped"] = suite.clips_skipped.total()
     return figures
 
 

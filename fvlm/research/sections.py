@@ -206,7 +206,7 @@ def where_it_looks(run: RunRecords) -> list[str]:
     if not rows:
         return []
     header = ("mode", "attention on the cell asked about", "it is the most looked-at cell", "looks")
-    note = "Patch keys only, mean over heads and the later half of the layers, over all looks after a clip's first."
+    note = "Patch keys only, mean over heads and all layers, over all looks after a clip's first."
     return ["## Where it looks", "", *table(header, rows), f"{note} Chance is 1/16 = 6.2 %.", ""]
 
 

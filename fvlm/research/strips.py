@@ -19,8 +19,8 @@ def plot_strip(
 ) -> tuple[Path, Path]:
     """One row of plain frames, then one row a mode with its attention over the frames.
 
-    Heat: mean over heads and the later half of the layers, patch keys only (CLS left out and the rest rescaled to
-    sum to 1), one fixed colour scale. A box marks the `look_at` cell of a `cells` x `cells` grid.
+    Heat: mean over heads and all layers, patch keys only (CLS left out and the rest rescaled to sum to 1), one fixed
+    colour scale. A box marks the `look_at` cell of a `cells` x `cells` grid.
     Of a longer clip, `max_frames` visual tokens spaced evenly are drawn.
     """
     modes = [mode for mode in (modes or clip.maps) if mode in clip.maps]

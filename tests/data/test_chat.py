@@ -199,6 +199,8 @@ def test_looks_and_tokens_per_frame():
     assert segments(VIDEO, TINY, Layout.VIDEO_FIRST, looks=8, tokens_per_frame=2)[0].frames == (0, 0, 1, 1, 2, 2)
     narrated = segments(NARRATED, TINY, Layout.NARRATED, tokens_per_frame=2)
     assert [part.frames for part in narrated if isinstance(part, Visual)] == [(0, 0), (1, 1), (2, 2)]
+    narrated = segments(still | {"narration": ["red"]}, TINY, Layout.NARRATED, looks=8, tokens_per_frame=2)
+    assert [part.frames for part in narrated if isinstance(part, Visual)] == [(0,) * 8]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,6 +15,7 @@ import torch
 import fvlm.data.loader
 from fvlm.data.capacities import Capacities
 from fvlm.data.chat import load_tokenizer
+from fvlm.data.errors import SampleError
 from fvlm.data.loader import PackLoader
 from fvlm.data.plan import START, Mixture, Plan, SampleTable
 from fvlm.data.shard import ShardWriter, find_shards, load_index
@@ -173,7 +174,7 @@ def test_other_damage_has_its_reason(shards):
 def test_too_many_lost_samples_stop_the_run(shards):
     loader = make_loader(shards)
     shards[0].unlink()
-    with pytest.raises(RuntimeError, match=r"samples could not be read.*unreadable_shard.*max_bad_share = 0.01"):
+    with pytest.raises(SampleError, match=r"samples could not be read.*unreadable_shard.*max_bad_share = 0.01"):
         list(loader)
 
 
@@ -209,7 +210,7 @@ def test_leaving_early_leaves_no_worker(shards):
     loader = make_loader(shards, num_workers=2)
     for shard in shards:
         shard.unlink()
-    with pytest.raises(RuntimeError, match="could not be read") as caught:
+    with pytest.raises(SampleError, match="could not be read") as caught:
         list(loader)
     assert caught  # the error is still held, and with it the loader's frames
     assert set(multiprocessing.active_children()) == before

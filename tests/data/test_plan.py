@@ -131,6 +131,7 @@ METAS = [
     {"kind": "video", "source": "a", "frame_count": 3, "user": "So?", "assistant": "L", "narration": ["x", "", "y z"]},
     {"kind": "video", "source": "a", "frame_count": 2, "user": "Where?", "assistant": "Up.", "narration": ["so", ""]},
     {"kind": "image", "source": "b", "frame_count": 1, "user": "What?", "assistant": "A star."},
+    {"kind": "image", "source": "b", "frame_count": 1, "user": "What?", "assistant": "A star.", "narration": ["star"]},
     {"kind": "images", "source": "b", "frame_count": 4, "turns": [{"user": "1?", "assistant": "2"}] * 2},
     {"kind": "text", "source": "c", "frame_count": 0, "user": "Hi", "assistant": "Hello"},
 ]  # fmt: skip

@@ -266,6 +266,8 @@ def test_jpeg_there_and_back():
     assert np.abs(decode_jpeg(content, 56).transpose(1, 2, 0).astype(int) - frame).mean() < 2
     assert decode_jpeg(content, 28).shape == (3, 28, 28)
     assert decode_jpeg(content, 56).dtype == np.uint8
+    with pytest.raises(MediaError, match="prepare with --size 112"):
+        decode_jpeg(content, 112)
 
 
 def test_bad_jpeg_has_a_reason():

@@ -24,6 +24,7 @@ from fvlm.data.chat import load_tokenizer
 from fvlm.data.shard import ShardReader, find_shards, load_index
 from fvlm.data.video import decode_jpeg, read_media
 
+ODD_PLACES = ([0, 4], [-1, 0], [0], [0, 1, 2], [0.5, 1], [True, 0], "ab", 3)
 SETTINGS = {"size": 56, "tokenizer": "tiny", "max_frames": 64, "samples_per_shard": 8}
 
 
@@ -190,6 +191,8 @@ def test_rows_that_cannot_be_used_are_skipped_with_their_reason(clips, tmp_path)
         ({"user": "", "assistant": "a"}, "no_user_text"),
         ({**text, "media": "none.mp4"}, "missing_file"),
         ({**text, "media": [video, pictures[0]]}, "video_among_several"),
+        *(({**text, "media": video, "narration": bad}, "wrong_type") for bad in (["a", 1], [None], "abc")),
+        *(({**text, "media": video, "look_at": [None, bad]}, "wrong_type") for bad in ODD_PLACES),
         ({**text, "media": video, "narration": ["a"]}, "bad_narration"),
         ({**text, "media": video, "look_at": [[0, 0]]}, "bad_look_at"),
     ]
@@ -212,6 +215,9 @@ def test_rows_that_cannot_be_used_are_skipped_with_their_reason(clips, tmp_path)
     assert summary["samples"] == len(good)
     lines = [row["detail"] for row in summary["skipped_rows"] if row["reason"] == "bad_json"]
     assert all(f"line {number}" in detail for number, detail in zip((13, 14), lines, strict=True))
+    details = " ".join(row["detail"] for row in summary["skipped_rows"] if row["reason"] == "wrong_type")
+    assert "narration, frame 1: expected a string, found 1" in details
+    assert "look_at, frame 1: expected null or [row, column] of 0 to 3, found [0, 4]" in details
     samples = read_all(tmp_path / "out")
     assert [meta["kind"] for meta, _ in samples] == ["text"] * 4 + [
         "image",

@@ -98,14 +98,14 @@ def test_shares_by_cell_equal_a_loop_over_pixels():
     np.testing.assert_allclose(cell_shares(heat).sum((1, 2)), 1)
 
 
-def test_heat_leaves_cls_and_early_layers_out():
+def test_heat_is_of_all_layers_without_cls():
     maps = np.zeros((1, 4, 2, 17))
-    maps[:, :2, :, 1] = 1.0  # early layers look at patch 0
-    maps[:, 2:, :, 0] = 0.6  # late ones at CLS most of all
-    maps[:, 2:, :, 7] = 0.4
+    maps[:, :1, :, 1] = 1.0  # the first layer looks at patch 0
+    maps[:, 1:, :, 0] = 0.6  # the others at CLS most of all
+    maps[:, 1:, :, 7] = 0.4
     heat = patch_heat(maps)
     assert heat.shape == (1, 16)
-    assert heat[0].tolist() == [1.0 if i == 6 else 0.0 for i in range(16)]
+    assert heat[0].tolist() == pytest.approx([{0: 1 / 2.2, 6: 1.2 / 2.2}.get(i, 0.0) for i in range(16)])
 
 
 def test_cued_share_counts_later_looks_with_a_place():
@@ -150,6 +150,23 @@ def test_choice_of_clips_is_fixed_and_spread_over_sources(make_item):
 
 def test_no_places_give_minus_one(make_item):
     assert look_at_array(make_item(1)).tolist() == [[-1, -1]] * 4
+
+
+@pytest.mark.parametrize(
+    "places", [[[0, 4]] * 4, [[0, -1]] * 4, [[1, 1]] * 3, [[1]] * 4, ["ab"] * 4, [[1.5, 0]] * 4, 7]
+)
+def test_places_that_are_no_cells_are_left_out(make_item, caplog, places):
+    assert look_at_array(make_item(1, look_at=places)).tolist() == [[-1, -1]] * 4
+    assert "item-1: look_at" in caplog.text
+    assert "expected 4 entries, each null or [row, column] of 0 to 3" in caplog.text
+
+
+def test_a_kept_file_with_places_outside_the_grid_is_read(tmp_path):
+    maps = np.full((2, 2, 1, 17), 1 / 17)
+    (path,) = save_maps([clip_with(maps, [[3, 3], [9, 0]])], tmp_path)
+    clip = load_clip(path)
+    assert clip.look_at.tolist() == [[3, 3], [-1, -1]]
+    assert cued_share([clip], "coarse_fine") is None
 
 
 def test_model_is_left_as_it_was(model, tokenizer, presentation, make_item):

@@ -75,3 +75,9 @@ def test_what_a_list_answer_is():
     assert not is_listing({**narrated, "assistant": "ring"})
     assert not is_listing({"assistant": "ring moon"})
     assert not is_listing({"assistant": "ring", "narration": ["", " ring"]}), "one word is no list"
+    assert not is_listing({**narrated, "turns": [{"user": "Which?", "assistant": "ring moon"}]})
+
+
+@pytest.mark.parametrize("narration", [[1, 2], ["", None, " ring"], 5, {"a": 1}, "ring moon"])
+def test_narration_of_the_wrong_type_is_no_list_answer(narration):
+    assert not is_listing({"assistant": "ring moon", "narration": narration})

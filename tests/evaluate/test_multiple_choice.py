@@ -124,11 +124,13 @@ def test_options_that_cannot_be_scored_are_counted(tokenizer, presentation, ques
             {"answer": 8},
             {"answer": None},
             {"options": ["one"]},
+            {"options": 7},
+            {"options": ["ring", 7]},
             {"turns": [{"user": "u", "assistant": "a"}]},
         )
     ]
     task = multiple_choice([*bad, questions[1]], tokenizer, presentation)
-    assert (len(task.questions), task.skipped) == (1, {"bad_options": 4})
+    assert (len(task.questions), task.skipped) == (1, {"bad_options": 6})
 
 
 def test_summary_by_source_by_slot_and_by_length(tokenizer, presentation, questions, listings):

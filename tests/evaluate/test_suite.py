@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fvlm.data.errors import SampleError
 from fvlm.data.plan import Mixture
 from fvlm.data.shard import ShardWriter, find_shards
 from fvlm.data.video import encode_jpeg
+from fvlm.evaluate.checkpoint import cast_parameters
 from fvlm.evaluate.items import in_turn
 from fvlm.evaluate.maps import load_clip
 from fvlm.evaluate.suite import MODES, build_suite, evaluate_modes, gaps, training_figures
@@ -111,6 +115,39 @@ def test_baseline_sees_stills_once_and_has_no_maps(folder, tokenizer):
     assert found["modes"]["coarse_fine"]["loss"]["loss_ratio"] is None
 
 
+def test_an_unreadable_clip_gives_its_place_to_the_next(folder, tokenizer, small, caplog):
+    def broken():
+        raise SampleError("bad_jpeg", "not a picture")
+
+    suite = build(folder, tokenizer, tasks=("loss", "maps"), num_clips=2)
+    whole = [clip.key for clip in suite.maps(small, ["coarse_only"])]
+    assert whole == [item.meta["key"] for item in suite.clips[:2]]
+    assert suite.clips_skipped == {}
+    first, second, third = suite.clips[:3]
+    hurt = [replace(first, read_frames=broken), second, replace(third, meta=third.meta | {"assistant": ""})]
+    suite = replace(suite, clips=[*hurt, *suite.clips[3:]])
+    for _ in range(2):  # counted anew each time
+        shown = suite.maps(small, ["coarse_only"])
+        assert [clip.key for clip in shown] == [suite.clips[i].meta["key"] for i in (1, 3)]
+        assert suite.clips_skipped == {"bad_jpeg": 1, "empty_text": 1}
+    assert training_figures(suite, small, "coarse_only")["maps/skipped"] == 2
+    assert f"clip {first.meta['key']} left out: bad_jpeg: not a picture" in caplog.text
+    assert replace(suite, clips=hurt[:1]).maps(small, ["coarse_only"]) == []
+
+
+def test_bf16_weights_leave_buffers_alone(folder, tokenizer, small):
+    model = cast_parameters(copy.deepcopy(small), torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    before = dict(small.named_buffers())
+    assert any(buffer.is_floating_point() for buffer in before.values())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+        assert buffer.dtype == before[name].dtype, name
+    suite = build(folder, tokenizer, tasks=("loss",))
+    expected = suite.losses(small, "coarse_fine").loss
+    assert suite.losses(model, "coarse_fine").loss == pytest.approx(expected, rel=0.02)
+
+
 def test_what_cannot_be_asked_is_said_before_anything_runs(folder, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="tasks: captions unknown; expected some of loss, blank, mc, slots, maps"):
         build(folder, tokenizer, tasks=("captions",))
@@ -118,6 +155,7 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(folder, tokenizer, tm
         writer.write({"key": "t", "source": "s", "kind": "text", "frame_count": 0, "user": "u", "assistant": "a"}, [])
     with pytest.raises(ConfigError, match="tasks: slots was asked, and no sample of the set is answered by a list"):
         build(tmp_path, tokenizer, tasks=("slots",))
+    assert "slots" not in build(tmp_path, tokenizer, tasks=None).tasks
     with pytest.raises(ConfigError, match=r"validation set of 12 samples: .*no sample fits"):
         build(folder, tokenizer, tokens=8)
 
@@ -144,6 +182,23 @@ def test_command_line(folder, tokenizer, small, repo_root, tmp_path):
     refused = launch(*options)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("evaluate: --tokenizer: the checkpoint does not say which")
+    zero = launch(*options, "--tokenizer", "tiny", "--fine-iterations", "0")
+    assert (zero.returncode, zero.stdout) == (2, "")
+    assert "--fine-iterations: '0': expected a whole number of at least 1" in zero.stderr
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for shard in find_shards(folder):
+        (foreign / shard.name).write_bytes(shard.read_bytes())
+    options[1] = str(foreign)
+    no_place = launch(*options, "--tokenizer", "tiny", "--tasks", "loss")
+    assert no_place.returncode == 1
+    assert "no usable index" in no_place.stderr
+    assert "data.cache_dir" in no_place.stderr
+    options += ["--cache-dir", str(tmp_path / "cache"), "--dtype", "bf16"]
+    rounded = launch(*options, "--tokenizer", "tiny", "--tasks", "loss")
+    assert rounded.returncode == 0, rounded.stderr
+    assert len(list((tmp_path / "cache").glob("*.idx"))) == len(find_shards(folder))
+    options[-1] = "fp32"
     without_maps = launch(*options, "--tokenizer", "tiny", "--tasks", "loss")
     assert without_maps.returncode == 0, without_maps.stderr
     done = launch(*options, "--tokenizer", "tiny", "--tasks", "loss", "slots", "maps")
@@ -154,4 +209,5 @@ def test_command_line(folder, tokenizer, small, repo_root, tmp_path):
     assert record["modes"]["coarse_fine"]["loss"]["loss"] == pytest.approx(expected, rel=1e-6)
     assert f"{expected:.4f}" in done.stdout
     assert {"commit", "environment", "checkpoint", "parameters"} <= set(record)
+    assert record["maps_skipped"] == {}
     assert load_clip(tmp_path / "out" / record["maps"][0]).look_at.tolist() == [[0, 0], [1, 2], [3, 3]]

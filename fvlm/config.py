@@ -86,7 +86,7 @@ class ModelConfig:
     def overrides(self) -> dict[str, Any]:
         """Fields that the model's own configuration takes by the same names."""
         names = ("architecture", "tokens_per_frame", "grid", "visual_scale", "deep_query", "query_logit_scale")
-        return {name: getattr(self, name) for name in (*names, "random_queries")}
+        return {name: getattr(self, name) for name in (*names, "random_queries")} | {"image_size": self.frame_size}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,13 +25,14 @@ from fvlm.data.errors import SampleError
 from fvlm.data.plan import PlanState
 from fvlm.data.shard import find_shards
 from fvlm.evaluate.attention import save_maps
-from fvlm.evaluate.suite import build_suite, training_figures
+from fvlm.evaluate.suite import SUMMARY_FIGURES, build_suite, training_figures
 from fvlm.schema import ConfigError
 from fvlm.train.build import TrainingData, load_data, load_model, mixture, open_loader
 from fvlm.train.checkpoint import CheckpointStore
 from fvlm.train.describe import derived_numbers, run_summary, write_json
 from fvlm.train.engine import Engine, World, start_ranks, stop_ranks, world_from_environment
-from fvlm.train.guard import DivergenceError
+from fvlm.train.figures import expected_figures, require_figures
+from fvlm.train.guard import DivergenceError, EvaluationError
 from fvlm.train.loop import Trainer
 from fvlm.train.metrics import open_writer
 from fvlm.train.start import find_start, seed_everything
@@ -71,6 +72,8 @@ def validation(config: RunConfig, data: TrainingData, world: World) -> Callable[
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.val = {list(config.data.val)}: {error}") from error
     mode, iterations = config.train.mode, config.train.fine_iterations[0]
+    asked = [f"{task.name}/{mode}/{name}" for task in suite.choice if task.questions for name in SUMMARY_FIGURES]
+    require_figures(config.best_metric, expected_figures(config, suite.source_names, asked))
 
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
         if "maps" in chosen.tasks:
@@ -119,7 +122,7 @@ def main() -> int:
         start_ranks()
         train(config, zero, world)
         stop_ranks()
-    except (ConfigError, DivergenceError, SampleError, OSError) as error:
+    except (ConfigError, DivergenceError, EvaluationError, SampleError, OSError) as error:
         if not world.is_main:  # rank 0 speaks first, and the launcher then ends the others
             time.sleep(5)
         print(f"train: rank {world.rank}: {error}" if world.rank else f"train: {error}", file=sys.stderr, flush=True)

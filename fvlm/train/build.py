@@ -131,8 +131,9 @@ def find_init(name: str) -> str:
 def load_model(config: RunConfig, vocab_size: int, resumed: Path | None = None) -> FoveatedVLM | MultiTokenVLM:
     """The configured model on the CPU in fp32, with the weights of `init_from`, of its back bones, or random ones.
 
-    `vocab_size` is the tokenizer's, for `tiny`; `resumed` is a checkpoint of the run itself, which then needs nothing
-    else. Frozen groups are marked. Raises ConfigError for weights that are not there or do not fit.
+    `vocab_size` is the tokenizer's: `tiny` takes it, any other model has to have as many; `resumed` is a checkpoint of
+    the run itself, which then needs nothing else. Frozen groups are marked. Raises ConfigError for weights that are not
+    there or do not fit, and for a vocabulary smaller than the tokenizer's.
     """
     torch.manual_seed(config.train.seed)
     chosen, init = config.model, str(resumed) if resumed else config.init_from
@@ -154,8 +155,20 @@ def load_model(config: RunConfig, vocab_size: int, resumed: Path | None = None) 
             raise
         what = f"init_from = {init!r}" if init else f"model = {chosen.backbones}"
         raise ConfigError(f"{what}: {error}") from error
+    _require_room(model, vocab_size, config, init)
     freeze(model, config.train.freeze)
     return model.train()
+
+
+def _require_room(model: FoveatedVLM | MultiTokenVLM, vocab_size: int, config: RunConfig, init: str | None) -> None:
+    """Raises ConfigError where the tokenizer gives ids that the model has no embedding for."""
+    found = model.config.llm_config.vocab_size
+    if found < vocab_size:
+        source = f"init_from = {init!r}" if init else f"model = {config.model.backbones}"
+        raise ConfigError(
+            f"{source}: vocabulary of {found} tokens, but data.tokenizer = {config.tokenizer!r} has {vocab_size}; "
+            f"choose the tokenizer that this model was trained with"
+        )
 
 
 def _geometry(chosen: ModelConfig, vocab_size: int) -> FoveatedConfig:

@@ -18,6 +18,10 @@ class DivergenceError(RuntimeError):
     """Loss or gradient is not finite; the weights are those of the step before."""
 
 
+class EvaluationError(RuntimeError):
+    """The validation set cannot be scored: a score that is not finite, or no token with a label."""
+
+
 def suspects(scored: Sequence[tuple[PackedBatch, Tensor, Sequence[str]]]) -> list[str]:
     """Keys of the samples with a label whose log-probability is not finite, from (pack, logprobs [K], keys) triples."""
     found = []

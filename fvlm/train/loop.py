@@ -19,6 +19,7 @@ from fvlm.train import guard, objectives, schedule
 from fvlm.train.checkpoint import CheckpointStore, RunState, random_state, set_random_state
 from fvlm.train.clock import Clock
 from fvlm.train.engine import Engine
+from fvlm.train.figures import require_figures
 from fvlm.train.metrics import MetricsWriter, Progress
 from fvlm.train.work import step_flops
 
@@ -79,7 +80,7 @@ class Trainer:
             for loaded in loader:
                 sums, norm = self.step(loaded)
                 self._account(loaded, sums)
-                if self.state.step % self.train.log_every == 0:
+                if sums.probed or self.state.step % self.train.log_every == 0:
                     record = self._record(sums, norm)
                     progress.update(self.state.samples_seen, loss=record["train_loss"], mfu=record["mfu"])
                 self._between_steps()
@@ -183,14 +184,10 @@ class Trainer:
         """Record an evaluation; returns whether it is the best so far."""
         with self._clock.paused():
             random_before = random_state()  # evaluating must not change what is trained next
-            figures = dict(self.evaluate(self.engine.module, self.state.step))
+            figures = self._figures()
             set_random_state(random_before)
         state = self.state
-        unknown = [name for name in self.config.best_metric if name not in figures]
-        if unknown:
-            raise ConfigError(
-                f"best_metric: {unknown}: expected figures of the evaluation: {', '.join(sorted(figures))}"
-            )
+        require_figures(self.config.best_metric, figures)
         score = sum(weight * figures[name] for name, weight in self.config.best_metric.items())
         loss_sum, labels = state.loss_since_evaluation
         known = {key: self._last_record.get(key) for key in ("grad_norm", "lr_connector", "lr_dino", "lr_llm")}
@@ -212,6 +209,15 @@ class Trainer:
             return False
         state.best = {"score": score, "step": state.step, "metrics": figures}
         return True
+
+    def _figures(self) -> dict[str, float]:
+        """What `evaluate` gives; what it finds wrong with the set or the scores is an EvaluationError."""
+        try:
+            return dict(self.evaluate(self.engine.module, self.state.step))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise guard.EvaluationError(f"evaluation after step {self.state.step}: {error}") from error
 
     def _save(self, is_best: bool) -> None:
         with self._clock.paused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 from typing import Any
 
@@ -17,6 +18,26 @@ OWNED_BY_RUN = {
     "data_efficiency": "data",
     "curriculum_learning": "data",
 }
+
+SECTIONS = (
+    "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "compile",
+    "csv_monitor", "data_efficiency", "data_types", "expert_parallel", "flops_profiler", "fp16", "hybrid_engine",
+    "optimizer", "pipeline", "scheduler", "tensor_parallel", "tensorboard", "timers", "torch_autocast", "wandb",
+    "weight_quantization", "zero_optimization",
+)  # fmt: skip
+"""DeepSpeed's keys that hold an object. Its own reader passes over a key that it does not know."""
+
+VALUES = (
+    "communication_data_type", "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "disable_python_gc",
+    "dump_state", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "log_level", "managed_gradient_accumulation", "memory_breakdown", "prescale_gradients",
+    "seq_parallel_communication_data_type", "steps_per_print", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+"""DeepSpeed's other keys; `bfloat16`, an old name that it ignores beside `bf16`, is left out."""
+
+STAGES = (0, 1, 2, 3)
 
 
 def read_zero_json(name: str) -> tuple[dict[str, Any], str]:
@@ -47,19 +68,21 @@ def resolve_dtype(train: TrainConfig, on_gpu: bool) -> str:
 
 
 def zero_stage(contents: dict[str, Any]) -> int:
-    """ZeRO stage that a DeepSpeed JSON asks for; 0 where it does not say."""
-    return int(contents.get("zero_optimization", {}).get("stage", 0))
+    """ZeRO stage that a DeepSpeed JSON asks for, to be checked by `fill`; 0 where it does not say."""
+    return contents.get("zero_optimization", {}).get("stage", 0)
 
 
 def fill(contents: dict[str, Any], origin: str, train: TrainConfig, world_size: int, dtype: str) -> dict[str, Any]:
     """A copy of DeepSpeed's JSON `contents` in which every value that the run YAML decides has that value.
 
-    Raises ConfigError, naming `origin`, both keys and both values, where the JSON says something else.
+    Raises ConfigError, naming `origin`, both keys and both values, where the JSON says something else, and where it
+    has a key that DeepSpeed does not know, a section that is no object, or a ZeRO stage that does not exist.
     """
     for key, owner in OWNED_BY_RUN.items():
         section = contents.get(key)
         if section is not None and not (isinstance(section, dict) and section.get("enabled") is False):
             raise ConfigError(f"{origin}: section {key!r} is decided by {owner} of the run YAML; remove it here")
+    _require_well_formed(contents, origin)
     stage = zero_stage(contents)
     filled = copy.deepcopy(contents)
     micro_batches = accumulation(train, world_size)
@@ -80,6 +103,20 @@ def fill(contents: dict[str, Any], origin: str, train: TrainConfig, world_size: 
         del filled["data_types"]["grad_accum_dtype"]
     _no_auto_left(filled, origin, "")
     return filled
+
+
+def _require_well_formed(contents: dict[str, Any], origin: str) -> None:
+    known = (*SECTIONS, *VALUES)
+    for key, value in contents.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"expected some of {', '.join(sorted(known))}"
+            raise ConfigError(f"{origin}: unknown key {key} = {value!r}; {hint}")
+        if key in SECTIONS and not isinstance(value, dict):
+            raise ConfigError(f"{origin}: {key} = {value!r}: expected an object")
+    stage = zero_stage(contents)
+    if type(stage) is not int or stage not in STAGES:  # JSON's true would pass for 1
+        raise ConfigError(f"{origin}: zero_optimization.stage = {stage!r}: expected one of {STAGES}")
 
 
 def _decide(filled: dict[str, Any], key: str, value: Any, owner: str, origin: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fvlm.data.chat import load_tokenizer
 from fvlm.train import guard, objectives
 from fvlm.train.build import load_model
 from fvlm.train.engine import World
+from fvlm.train.figures import expected_figures
 from fvlm.train.zero_config import read_zero_json
 
 SHORT = ["train.total_samples=60", "train.eval_every=2", "train.probe_every=2", "train.checkpoint_every=0"]
@@ -26,6 +28,7 @@ VARIANTS = {
     "answers": ["train.objective=ce_answer"],
     "checkpointed": ["train.activation_checkpointing=true"],
     "plain": [],
+    "seldom recorded": ["train.log_every=100"],
 }
 
 
@@ -47,6 +50,14 @@ def variants(shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("variants")
     run_ranks(run_variants, 2, shards, out)
     return out
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_evaluations_give_the_figures_that_were_announced(variants, shards, name):
+    config = train_config(shards, variants / name, *VARIANTS[name])
+    announced = expected_figures(config, ["colours", "words"], [])
+    summary = json.loads((variants / name / "run_summary.json").read_text())
+    assert set(summary["final_metrics"]) == set(announced)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -73,6 +84,12 @@ def test_lambda_coarse_adds_the_same_loss_with_coarse_tokens_at_every_step(varia
     for record in step_records(variants / "lambda coarse"):
         assert record["train_loss"] == pytest.approx(record["loss_fine"] + 0.5 * record["loss_coarse"])
         assert record["loss_ratio"] == pytest.approx(record["loss_fine"] / record["loss_coarse"])
+
+
+def test_a_probed_step_is_recorded_whatever_log_every_says(variants):
+    records = step_records(variants / "seldom recorded")
+    assert records == [record for record in step_records(variants / "plain") if record["loss_ratio"] is not None]
+    assert [record["step"] for record in records] == list(range(1, len(records) * 2, 2))
 
 
 def test_activation_checkpointing_changes_nothing(variants):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 import pytest
 
 from fvlm.config import REPOSITORY, GroupRate, LearningRates, TrainConfig
 from fvlm.schema import ConfigError
-from fvlm.train.zero_config import accumulation, fill, read_zero_json
+from fvlm.train.zero_config import SECTIONS, VALUES, accumulation, fill, read_zero_json
 
 RATES = LearningRates(connector=GroupRate(base=1e-3), dino=GroupRate(base=1e-5), llm=GroupRate(base=1e-5))
 TRAIN = TrainConfig(total_samples=100, packs_per_step=12, learning_rate=RATES, clip=0.7)
@@ -58,6 +59,16 @@ CONTRADICTIONS = [
     ({"optimizer": {"type": "Adam"}}, ["'optimizer'", "train.learning_rate"]),
     ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler'", "train.schedule"]),
     ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, ["reduce_bucket_size", '"auto"', "write one"]),
+    ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage = 'auto'", "(0, 1, 2, 3)"]),
+    ({"zero_optimization": {"stage": "two"}}, ["zero_optimization.stage = 'two'", "(0, 1, 2, 3)"]),
+    ({"zero_optimization": {"stage": 7}}, ["zero_optimization.stage = 7", "(0, 1, 2, 3)"]),
+    ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage = True", "(0, 1, 2, 3)"]),
+    ({"zero_optimization": None}, ["zero_optimization = None", "an object"]),
+    ({"zero_optimization": []}, ["zero_optimization = []", "an object"]),
+    ({"data_types": None, "zero_optimization": {"stage": 0}}, ["data_types = None", "an object"]),
+    ({"zero_optimisation": {"stage": 3}}, ["unknown key zero_optimisation", "{'stage': 3}", "zero_optimization?"]),
+    ({"bfloat16": {"enabled": True}}, ["unknown key bfloat16", "did you mean bf16?"]),
+    ({"qqq": 1}, ["unknown key qqq = 1", "expected some of", "zero_optimization"]),
 ]
 
 
@@ -74,6 +85,35 @@ def test_values_that_agree_are_accepted():
     contents, _ = read_zero_json("zero1")
     same = {"gradient_clipping": 0.7, "train_batch_size": 12, "fp16": {"enabled": False}}
     assert fill(contents | same, "mine.json", TRAIN, world_size=2, dtype="fp32")["gradient_clipping"] == 0.7
+
+
+class Watched(dict):
+    """Remembers which keys were asked for."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_the_known_keys_are_those_that_deepspeed_reads():
+    """What the installed DeepSpeed asks its JSON for, less what it does so only to refuse or under an old name."""
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    DeepSpeedConfig(Watched(dict.fromkeys(sizes, 1)))
+    assert Watched.asked - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) - {"bfloat16"} == {*SECTIONS, *VALUES}
 
 
 def test_unreadable_files_are_configuration_errors(tmp_path):

@@ -13,25 +13,19 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch import nn
-
 from fvlm.config import RunConfig, load_config, save_config
 from fvlm.data.errors import SampleError
 from fvlm.data.plan import PlanState
-from fvlm.data.shard import find_shards
-from fvlm.evaluate.attention import save_maps
-from fvlm.evaluate.suite import SUMMARY_FIGURES, build_suite, training_figures
+from fvlm.evaluate.during_training import validation
 from fvlm.schema import ConfigError
-from fvlm.train.build import TrainingData, load_data, load_model, mixture, open_loader
+from fvlm.train.build import load_data, load_model, open_loader
 from fvlm.train.checkpoint import CheckpointStore
 from fvlm.train.describe import derived_numbers, run_summary, write_json
 from fvlm.train.engine import Engine, World, start_ranks, stop_ranks, world_from_environment
-from fvlm.train.figures import expected_figures, require_figures
 from fvlm.train.guard import DivergenceError, EvaluationError
 from fvlm.train.loop import Trainer
 from fvlm.train.metrics import open_writer
@@ -48,41 +42,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.total_samples=1e5")
     return parser.parse_intermixed_args()
-
-
-def validation(config: RunConfig, data: TrainingData, world: World) -> Callable[[nn.Module, int], dict] | None:
-    """What the loop calls with the model and the step; None without validation shards."""
-    if not config.data.val:
-        return None
-    chosen = config.evaluation
-    try:
-        suite = build_suite(
-            find_shards(list(config.data.val)),
-            data.tokenizer,
-            mixture(config),
-            image_size=config.model.frame_size,
-            device=world.device,
-            tasks=chosen.tasks,
-            objective=config.train.objective,
-            tokens=chosen.tokens,
-            most_samples=chosen.samples,
-            most_questions=chosen.questions,
-            cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else None,
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"data.val = {list(config.data.val)}: {error}") from error
-    mode, iterations = config.train.mode, config.train.fine_iterations[0]
-    asked = [f"{task.name}/{mode}/{name}" for task in suite.choice if task.questions for name in SUMMARY_FIGURES]
-    require_figures(config.best_metric, expected_figures(config, suite.source_names, asked))
-
-    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-        if "maps" in chosen.tasks:
-            maps = suite.maps(model, [mode], iterations)
-            if world.is_main:
-                save_maps(maps, config.folder / "attention" / f"step-{step:08d}")
-        return training_figures(suite, model, mode, iterations)
-
-    return evaluate
 
 
 def train(config: RunConfig, zero: tuple[dict, str], world: World) -> None:

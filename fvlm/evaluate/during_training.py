@@ -1,0 +1,55 @@
+"""The evaluation that the training loop calls: built before the first step, so that what it cannot do is said then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from fvlm.config import RunConfig
+from fvlm.data.shard import find_shards
+from fvlm.evaluate.attention import save_maps
+from fvlm.evaluate.suite import SUMMARY_FIGURES, build_suite, training_figures
+from fvlm.schema import ConfigError
+from fvlm.train.build import TrainingData, mixture
+from fvlm.train.engine import World
+from fvlm.train.figures import expected_figures, require_figures
+
+
+def validation(config: RunConfig, data: TrainingData, world: World) -> Callable[[nn.Module, int], dict] | None:
+    """What the loop calls with the model and the step; None without validation shards.
+
+    Raises ConfigError for shards that cannot be read or asked, and for a `best_metric` that will not be measured.
+    """
+    if not config.data.val:
+        return None
+    chosen = config.evaluation
+    try:
+        suite = build_suite(
+            find_shards(list(config.data.val)),
+            data.tokenizer,
+            mixture(config),
+            image_size=config.model.frame_size,
+            device=world.device,
+            tasks=chosen.tasks,
+            objective=config.train.objective,
+            tokens=chosen.tokens,
+            most_samples=chosen.samples,
+            most_questions=chosen.questions,
+            cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else None,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data.val = {list(config.data.val)}: {error}") from error
+    mode, iterations = config.train.mode, config.train.fine_iterations[0]
+    asked = [f"{task.name}/{mode}/{name}" for task in suite.choice if task.questions for name in SUMMARY_FIGURES]
+    require_figures(config.best_metric, expected_figures(config, suite.source_names, asked))
+
+    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+        if "maps" in chosen.tasks:
+            maps = suite.maps(model, [mode], iterations)
+            if world.is_main:
+                save_maps(maps, config.folder / "attention" / f"step-{step:08d}")
+        return training_figures(suite, model, mode, iterations)
+
+    return evaluate

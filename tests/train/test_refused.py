@@ -86,12 +86,13 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_said(shards, tmp_path,
 BROKEN_SCORES = """
 import sys
 sys.path.insert(0, {root!r})
+import fvlm.evaluate.during_training
 import launch.train
 
 def figures(*_):
     raise {error}("mode coarse_fine: non-finite loss")
 
-launch.train.training_figures = figures
+fvlm.evaluate.during_training.training_figures = figures
 sys.argv = {command}
 sys.exit(launch.train.main())
 """

@@ -7,7 +7,7 @@ import sys
 from subprocess import PIPE, STDOUT, Popen
 
 import pytest
-from runs import ROOT, arguments, finish, launch
+from launched import ROOT, arguments, finish, launch
 
 from fvlm.data.chat import load_tokenizer
 from fvlm.model import build_model, tiny_config

@@ -12,7 +12,7 @@ from subprocess import PIPE, STDOUT, Popen
 
 import pytest
 import torch
-from runs import ROOT, arguments, evaluation_rows, final_weights, finish, launch, run, step_records
+from launched import ROOT, arguments, evaluation_rows, final_weights, finish, launch, run, step_records
 from spawned import free_port
 
 GOLDEN = ROOT / "tests/golden/tiny_test.txt"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import evaluation_rows, final_weights, step_records
+from launched import evaluation_rows, final_weights, step_records
 from spawned import run_ranks
 
 from fvlm.config import load_config

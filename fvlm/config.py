@@ -40,7 +40,7 @@ class ModelConfig:
     """Which network; `llm` and `vision` replace the preset's back bones."""
 
     preset: Literal["tiny", "135m", "360m", "1b7"] = "tiny"
-    """Pair of back bones (SPEC.md, section 2); `tiny` is built locally with random weights."""
+    """Pair of back bones (README); `tiny` is built locally with random weights."""
     llm: str | None = None
     """Hugging Face id or local folder of a Llama model."""
     vision: str | None = None

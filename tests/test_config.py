@@ -115,7 +115,7 @@ def test_shipped_configurations_load_and_come_back_unchanged(path, tmp_path):
 
 
 def test_every_field_has_a_docstring():
-    """STYLE.md, rule 3: the text right after a field is its documentation."""
+    """The text right after a field is its documentation."""
     import ast
     import inspect
 

@@ -28,7 +28,7 @@ class LoadedSample:
 def collate(
     samples: Sequence[LoadedSample], capacities: Capacities, objective: str, image_size: int, grid: int = 0
 ) -> PackedBatch:
-    """Lay samples out as one pack (DESIGN section 4), in their order.
+    """Lay samples out as one pack (docs/model.md, A pack), in their order.
 
     `ce_all` labels every text token but the sample's first, `ce_answer` the answer tokens. With `grid` > 0 (multi-token
     baseline) each frame reference becomes `grid` visual slots, one a cell.

@@ -21,7 +21,7 @@ _UNBOUNDED = 1 << 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacities:
-    """DESIGN section 4's F, T, V, C, S, K, and the longest sample; each at least 1."""
+    """The sizes F, T, V, C, S, K of a pack (docs/model.md), and the longest sample; each at least 1."""
 
     frames: int
     tokens: int

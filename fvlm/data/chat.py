@@ -82,7 +82,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def text_counts(meta: Mapping, tokenizer: PreTrainedTokenizerBase) -> TextCounts:
-    """Token counts of one sample's text (the metadata of DESIGN section 10).
+    """Token counts of one sample's text (fields: docs/data.md).
 
     Raises SampleError with reason `empty_text`, `no_user_text`, `bad_text`, `bad_narration` or `bad_frames`.
     """

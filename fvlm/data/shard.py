@@ -58,7 +58,7 @@ class ShardWriter:
             self._drop()
 
     def write(self, meta: Mapping, jpegs: Sequence[bytes]) -> None:
-        """Add a sample: metadata (DESIGN section 10, with `key`, `kind` and `frame_count`) and its frames.
+        """Add a sample: metadata (docs/data.md, with `key`, `kind` and `frame_count`) and its frames.
 
         Raises SampleError, and writes nothing, if the sample could not be trained on.
         """

@@ -126,7 +126,7 @@ class VisionLanguageModel(PreTrainedModel):
             input_ids: int64 [B, L] text.
             attention_mask: bool [B, L], False = padding (at the end).
             labels: int64 [B, L], label j predicted from position j−1, −100 = none; a sample's first text token has no
-                predecessor that could know it and never counts (MATH.md, Loss).
+                predecessor that could know it and never counts (docs/model.md, Loss).
             mode: ``coarse_fine``, ``coarse_only`` or ``autoregressive``.
             fine_iterations: fine passes of ``coarse_fine``.
             frame_mask: bool [B, n], False = padding (at the end).
@@ -210,7 +210,7 @@ class VisionLanguageModel(PreTrainedModel):
     # -- parameters -----------------------------------------------------------------------------------------------
 
     def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters by group: ``connector``, ``dino``, ``llm`` (MATH.md, Parameters)."""
+        """Trainable parameters by group: ``connector``, ``dino``, ``llm`` (docs/model.md, Parameters)."""
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {"connector": [], "dino": [], "llm": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

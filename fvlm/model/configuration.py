@@ -8,7 +8,7 @@ ARCHITECTURES = ("foveated", "multi_token")
 
 
 class FoveatedConfig(PreTrainedConfig):
-    """Configuration of :class:`FoveatedVLM` and :class:`MultiTokenVLM`; the names follow MATH.md.
+    """Configuration of :class:`FoveatedVLM` and :class:`MultiTokenVLM`; the names follow docs/model.md.
 
     Args:
         llm_config, vision_config: Llama and DINOv2 configurations, as objects or dictionaries.

@@ -1,4 +1,4 @@
-"""Weights between files and models, under the published parameter names (MATH.md, Parameters).
+"""Weights between files and models, under the published parameter names (docs/model.md, Parameters).
 
 transformers renamed DINOv2's attention projections (``attention.attention.query`` → ``attention.q_proj``); files keep
 the published names, memory has whichever the installed transformers uses, and reading accepts both.

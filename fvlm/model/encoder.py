@@ -1,4 +1,4 @@
-"""DINOv2 as a memory that queries look into (MATH.md, Encoder).
+"""DINOv2 as a memory that queries look into (docs/model.md, Encoder).
 
 Shapes: F frames, N keys a frame (CLS + patches), V queries, D width, h heads, k = D/h head width, L layers.
 """

@@ -1,4 +1,4 @@
-"""The foveated vision-language model: one looked-up token a frame (MATH.md).
+"""The foveated vision-language model: one looked-up token a frame (docs/model.md).
 
 Shapes: T rows, C coarse rows, V visual tokens, F frames, d = language-model width, D = DINOv2 width, q = query width.
 """
@@ -57,7 +57,7 @@ class FoveatedVLM(VisionLanguageModel):
     def _fine(
         self, batch: PackedBatch, text: Tensor, encoded: EncodedFrames, coarse: Tensor, iterations: int, inspect: dict
     ) -> VisualTokens:
-        """MATH.md, Coarse → fine, steps 1–2, ``iterations`` times."""
+        """docs/model.md, Coarse → fine, steps 1–2, ``iterations`` times."""
         tokens = coarse
         for iteration in range(iterations):
             last = iteration == iterations - 1

@@ -1,4 +1,4 @@
-"""Autoregressive looking: each query is written after the token before it was seen, with a KV cache (MATH.md).
+"""Autoregressive looking: each query is written after the token before it was seen, with a KV cache (docs/model.md).
 
 Shapes: S samples, L the longest chunk of a step, V visual tokens, d = language-model width.
 """

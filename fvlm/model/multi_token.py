@@ -1,4 +1,4 @@
-"""The multi-token control (MATH.md, B1): pooled grid cells of a frame as tokens, no query."""
+"""The multi-token control (docs/model.md): pooled grid cells of a frame as tokens, no query."""
 
 from __future__ import annotations
 

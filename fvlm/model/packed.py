@@ -1,4 +1,4 @@
-"""The model's input: one pack of samples with fixed shapes (DESIGN.md, section 4).
+"""The model's input: one pack of samples with fixed shapes (docs/model.md, A pack).
 
 Shapes: F frames, T rows, V visual tokens, C rows of the coarse sequence, S samples, K labels.
 """

@@ -12,7 +12,7 @@ _BACKENDS = (Backend("torch", query_attention_torch), Backend("reference", query
 
 
 def query_attention(q: Tensor, key: Tensor, value: Tensor, visual_frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each query attends to all keys of one frame: softmax(q·Kᵀ / √k)·V (MATH.md, deep query).
+    """Each query attends to all keys of one frame: softmax(q·Kᵀ / √k)·V (docs/model.md, Encoder).
 
     Args:
         q: [V, h, k], any temperature already multiplied in.

@@ -1,4 +1,4 @@
-"""Collate against a slow walk, token by token, that knows only the rules of DESIGN section 4."""
+"""Collate against a slow walk, token by token, that knows only the rules of docs/model.md."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def model() -> FoveatedVLM:
 
 
 def uncached_autoregressive(model, batch):
-    """MATH.md's definition without a cache: re-run the prefix for every visual token of the pack, in sequence order."""
+    """The definition in docs/model.md without a cache: the prefix again for every visual token, in sequence order."""
     text = model.llm.get_input_embeddings()(batch.token_ids)
     encoded = model.encoder(batch.frames)
     tokens = text.new_zeros(len(batch.visual_index), text.shape[1])

@@ -1,4 +1,4 @@
-"""Records: SPEC section 5's columns, and curves that continue without duplicates after a kill."""
+"""Records: the columns that every run has, and curves that continue without duplicates after a kill."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_norms_biases_queries_and_layer_scales_do_not_decay(model):
 
 
 def test_the_encoders_output_projection_belongs_to_the_connector(model):
-    """It once trained at the backbone's rate by a naming slip (MATH.md)."""
+    """It once trained at the backbone's rate by a naming slip (docs/model.md)."""
     connector = next(g for g in parameter_groups(model, TRAIN) if g["name"] == "connector" and g["weight_decay"])
     assert any(p is model.encoder.output_proj.weight for p in connector["params"])
 

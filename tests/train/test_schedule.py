@@ -1,4 +1,4 @@
-"""Learning rates against the formulas of MATH.md, written out a second time."""
+"""Learning rates against the formulas of docs/model.md, written out a second time."""
 
 from __future__ import annotations
 

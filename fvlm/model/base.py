@@ -143,7 +143,7 @@ class VisionLanguageModel(PreTrainedModel):
         if fine_iterations < 1:
             raise ValueError(f"fine_iterations={fine_iterations}: expected at least 1")
         if batch is not None:
-            return self._forward_packed(batch, mode, fine_iterations, entropy, coarse_loss)
+            return self._run(batch, mode, fine_iterations, entropy, coarse_loss)[0]
         if frames is None or input_ids is None:
             raise ValueError("forward needs frames and input_ids, or batch=PackedBatch")
         padded = pack_padded(self.config, frames, input_ids, attention_mask, labels, frame_mask, visual_at)
@@ -153,9 +153,6 @@ class VisionLanguageModel(PreTrainedModel):
         if labels is not None:
             out.loss = out.loss_sum / out.num_labels.clamp(min=1)
         return out
-
-    def _forward_packed(self, batch, mode, fine_iterations, entropy, coarse_loss) -> VLMOutput:
-        return self._run(batch, mode, fine_iterations, entropy, coarse_loss)[0]
 
     def _run(self, batch, mode, fine_iterations, entropy, coarse_loss) -> tuple[VLMOutput, Tensor]:
         text = self.llm.get_input_embeddings()(batch.token_ids)

@@ -153,11 +153,6 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(samples - self._bar.n)
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        if not self._bar.disable:
-            tqdm.write(text, file=sys.stderr)
-
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()

@@ -33,7 +33,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "kernels", "setuptools>=70.1"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "kernels", "setuptools>=70.1", "triton>=3.6"],
         "gpu": ["triton>=3.6"],
         "eval": ["pycocoevalcap>=1.2"],
         "demo": ["gradio>=6"],

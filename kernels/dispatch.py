@@ -2,6 +2,8 @@
 
 Every op hands in its back ends in order of preference. ``auto`` takes the first that can serve and logs
 once which and why; a back end named in ``FVLM_KERNELS`` that cannot serve is an error, never replaced.
+``FVLM_KERNELS=torch`` names one for every op, ``FVLM_KERNELS=varlen_attention:flash_attn`` (comma-separated)
+one for an op. Under ``torch.compile`` the choice is made when the graph is traced.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 NAMES = ("triton", "flash_attn", "torch", "reference")
-_logged: set[tuple[str, str, str]] = set()
+OPS = ("query_attention", "varlen_attention", "linear_cross_entropy")
+_logged: set[tuple[str, str, str, torch.dtype]] = set()
 
 
-def _always(_: torch.Tensor) -> str | None:
+def _never(probe: Tensor, named: bool) -> str | None:
     return None
 
 
@@ -29,46 +33,77 @@ class Backend:
 
     name: str
     function: Callable
-    refuses: Callable[[torch.Tensor], str | None] = _always
-    """Given the op's first tensor: the reason why this back end cannot serve it, or None."""
+    refuses: Callable[[Tensor, bool], str | None] = _never
+    """Given the op's first tensor and whether this back end was named: why it cannot serve the call, or None."""
 
 
-def select(op: str, backends: Sequence[Backend], probe: torch.Tensor) -> Callable:
+def select(op: str, backends: Sequence[Backend], probe: Tensor) -> Callable:
     """The function that serves ``op`` for tensors like ``probe``.
 
     Raises:
         ValueError: ``FVLM_KERNELS`` holds an unknown name.
         RuntimeError: the back end that it names does not exist for this op or cannot serve this call.
     """
-    requested = os.environ.get("FVLM_KERNELS", "auto")
+    requested = _requested(op)
     if requested == "auto":
         return _first_that_serves(op, backends, probe)
-    if requested not in NAMES:
-        raise ValueError(f"FVLM_KERNELS={requested!r}: expected auto or one of {', '.join(NAMES)}")
     for backend in backends:
         if backend.name == requested:
-            if reason := backend.refuses(probe):
-                raise RuntimeError(f"FVLM_KERNELS={requested}: {op} cannot be served: {reason}")
+            if reason := backend.refuses(probe, True):
+                raise RuntimeError(f"FVLM_KERNELS: {op} cannot be served by {requested}: {reason}")
             return backend.function
     offered = ", ".join(backend.name for backend in backends)
     raise RuntimeError(
-        f"FVLM_KERNELS={requested}: {op} has no such back end (it has: {offered}); use one of these or auto"
+        f"FVLM_KERNELS: {op} has no back end {requested} (it has: {offered}); to name one for a single op, "
+        f"write FVLM_KERNELS=op:name"
     )
 
 
-def _first_that_serves(op: str, backends: Sequence[Backend], probe: torch.Tensor) -> Callable:
+def _requested(op: str) -> str:
+    """The back end that ``FVLM_KERNELS`` names for ``op``, or ``auto``."""
+    setting = os.environ.get("FVLM_KERNELS", "auto")
+    chosen = "auto"
+    for part in setting.split(","):
+        name_of_op, _, name = part.strip().rpartition(":")
+        if name not in ("auto", *NAMES) or name_of_op not in ("", *OPS):
+            raise ValueError(
+                f"FVLM_KERNELS={setting!r}: expected auto or one of {', '.join(NAMES)}, for every op or as "
+                f"op:name with op one of {', '.join(OPS)}"
+            )
+        if name_of_op in ("", op):
+            chosen = name
+    return chosen
+
+
+def _first_that_serves(op: str, backends: Sequence[Backend], probe: Tensor) -> Callable:
     passed_over = []
     for backend in backends:
-        reason = backend.refuses(probe)
+        reason = backend.refuses(probe, False)
         if reason is None:
-            key = (op, backend.name, probe.device.type)
-            if key not in _logged:
-                _logged.add(key)
-                because = f" ({'; '.join(passed_over)})" if passed_over else ""
-                logger.info("%s on %s: %s%s", op, probe.device.type, backend.name, because)
+            _log_once(op, backend.name, probe, passed_over)
             return backend.function
         passed_over.append(f"not {backend.name}: {reason}")
     raise RuntimeError(f"{op}: no back end can serve this call ({'; '.join(passed_over)})")
+
+
+def _log_once(op: str, name: str, probe: Tensor, passed_over: list[str]) -> None:
+    if torch.compiler.is_compiling():  # a log line would break the graph
+        return
+    key = (op, name, probe.device.type, probe.dtype)
+    if key not in _logged:
+        _logged.add(key)
+        because = f" ({'; '.join(passed_over)})" if passed_over else ""
+        dtype = str(probe.dtype).removeprefix("torch.")
+        logger.info("%s, %s on %s: %s%s", op, dtype, probe.device.type, name, because)
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's precision where it is on, as torch's own products and attention take them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
 
 
 def require(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
@@ -78,5 +113,5 @@ def require(condition: bool, op: str, argument: str, expected: str, got: object)
 
 
 def debug_checks() -> bool:
-    """Whether checks that read device values are on (``FVLM_DEBUG=1``)."""
-    return os.environ.get("FVLM_DEBUG") == "1"
+    """Whether checks that read device values are on (``FVLM_DEBUG=1``; never while a graph is traced)."""
+    return os.environ.get("FVLM_DEBUG") == "1" and not torch.compiler.is_compiling()

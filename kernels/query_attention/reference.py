@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def query_attention_reference(
-    q: Tensor, key: Tensor, value: Tensor, visual_frame: Tensor
+    q: Tensor, key: Tensor, value: Tensor, visual_frame: Tensor, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, computed in float32 (float64 for float64 input)."""
     upcast = torch.promote_types(q.dtype, torch.float32)
@@ -20,7 +20,9 @@ def query_attention_reference(
     return out.to(q.dtype), lse, entropy
 
 
-def query_attention_torch(q: Tensor, key: Tensor, value: Tensor, visual_frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def query_attention_torch(
+    q: Tensor, key: Tensor, value: Tensor, visual_frame: Tensor, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Products in the input's precision, softmax in float32; a frame's K and V are copied once a query."""
     key_VNhk = key.index_select(0, visual_frame)
     value_VNhk = value.index_select(0, visual_frame)

@@ -7,7 +7,7 @@ import torch
 
 from fvlm.kernels.linear_cross_entropy import linear_cross_entropy
 from fvlm.kernels.linear_cross_entropy import reference as implementation
-from tests.kernels.test_query_attention import worst
+from tests.kernels.checks import worst
 from tests.kernels.tolerances import BACKWARD, FORWARD
 
 

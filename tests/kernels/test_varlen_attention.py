@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvlm.kernels.varlen_attention import varlen_attention
-from tests.kernels.test_query_attention import worst
+from tests.kernels.checks import worst
 from tests.kernels.tolerances import BACKWARD, FORWARD
 
 

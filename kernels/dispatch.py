@@ -8,6 +8,7 @@ one for an op. Under ``torch.compile`` the choice is made when the graph is trac
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -104,6 +105,17 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
+
+
+def without_autocast(function: Callable) -> Callable:
+    """The function with autocast off: a reference computes in the precision that it says."""
+
+    @functools.wraps(function)
+    def exact(probe: Tensor, *arguments):
+        with torch.autocast(probe.device.type, enabled=False):
+            return function(probe, *arguments)
+
+    return exact
 
 
 def require(condition: bool, op: str, argument: str, expected: str, got: object) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Model
 from transformers.utils import ModelOutput
 
-from ..kernels.query_attention import query_attention
+from ..kernels.query_attention import frame_offsets, query_attention
 from ..kernels.query_attention.reference import attention_weights
 from .configuration import FoveatedConfig
 
@@ -162,8 +162,9 @@ class FoveatedEncoder(nn.Module):
         """
         proj = projections(layer)
         normed = layer.norm1(x)
-        key = self._heads(proj.k(normed[:, :num_keys]))
-        value = self._heads(proj.v(normed[:, :num_keys]))
+        # projected for the rider too and cut off after: a cut before would copy all rows, once for K and once for V
+        key = self._heads(proj.k(normed))[:, :num_keys]
+        value = self._heads(proj.v(normed))[:, :num_keys]
         if last:
             x, normed = x[:, num_keys:], normed[:, num_keys:]
             if x.shape[1] == 0:
@@ -197,12 +198,13 @@ class FoveatedEncoder(nn.Module):
         """
         u = self.query_input_proj(query)
         entropies, weights = [], []
+        offsets = frame_offsets(visual_frame, len(encoded.layer_keys[0]))
 
         def attend(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
             q = q * self.query_logit_scale if self.query_scaled else q
             if maps:
                 weights.append(attention_weights(q, key, visual_frame))
-            out, _, layer_entropy = query_attention(q, key, value, visual_frame)
+            out, _, layer_entropy = query_attention(q, key, value, visual_frame, offsets)
             entropies.append(layer_entropy)
             return out.flatten(1)
 

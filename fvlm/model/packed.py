@@ -31,7 +31,8 @@ class PackedBatch:
     visual_index: Tensor
     """int64 [V], where a visual token sits in T; unused: T."""
     visual_frame: Tensor
-    """int64 [V], sorted, the frame it looks at; unused: F−1."""
+    """int64 [V], sorted, the frame it looks at; unused: spread evenly over all frames, since one program serves all
+    queries of a frame and hundreds of unused ones on a single frame would keep the others waiting."""
     query_from: Tensor
     """int64 [V], the row of the coarse sequence whose hidden state writes its query; −1: ``q_init``."""
     coarse_index: Tensor
@@ -147,13 +148,16 @@ def assemble(samples: list[SampleRows], frames: Tensor, sizes: dict[str, int], m
         losses.append(np.stack([start + labels - 1, sample.token_ids[labels]], axis=1))
         bounds.append(start + n)
         coarse_bounds.append(coarse_start + prefix)
-    visual = np.concatenate([*visual, np.zeros((0, 4), np.int64)])
+    num_visual, num_rows = sum(len(slots) for slots in visual), sizes["T"]
+    unused = max(0, sizes["V"] - num_visual)
+    spread = np.arange(unused) * len(frames) // max(unused, 1)
+    visual.append(np.stack([spread, *(np.full(unused, x) for x in (num_rows, -1, 0))], axis=1))
+    visual = np.concatenate(visual)
     visual = visual[np.lexsort((visual[:, 1], visual[:, 0]))]  # a frame's queries are neighbours
     losses = np.concatenate([*losses, np.zeros((0, 2), np.int64)])
-    used = {"T": bounds[-1], "V": len(visual), "C": coarse_bounds[-1], "S": len(samples), "K": len(losses)}
+    used = {"T": bounds[-1], "V": num_visual, "C": coarse_bounds[-1], "S": len(samples), "K": len(losses)}
     over = [f"{letter} = {used[letter]} > {sizes[letter]}" for letter in used if used[letter] > sizes[letter]]
     _check(not over, "sizes", f"samples within capacity, got {', '.join(over)}")
-    num_rows = sizes["T"]
 
     def fill(values: np.ndarray, size: str, unused: int, dtype=torch.int64) -> Tensor:
         out = torch.full((sizes[size],), unused, dtype=dtype)
@@ -170,12 +174,12 @@ def assemble(samples: list[SampleRows], frames: Tensor, sizes: dict[str, int], m
         cu_seqlens=bounds_tensor(bounds),
         loss_index=fill(losses[:, 0], "K", 0),
         labels=fill(losses[:, 1], "K", -100),
-        visual_index=fill(visual[:, 1], "V", num_rows),
-        visual_frame=fill(visual[:, 0], "V", len(frames) - 1),
-        query_from=fill(visual[:, 2], "V", -1),
+        visual_index=torch.from_numpy(visual[:, 1].copy()),
+        visual_frame=torch.from_numpy(visual[:, 0].copy()),
+        query_from=torch.from_numpy(visual[:, 2].copy()),
         coarse_index=fill(np.concatenate([*coarse, np.zeros(0, np.int64)]), "C", num_rows),
         coarse_cu_seqlens=bounds_tensor(coarse_bounds),
         source_id=fill(np.array([sample.source_id for sample in samples], np.int64), "S", -1),
         max_seqlen=max_seqlen,
-        visual_cell=fill(visual[:, 3], "V", 0) if any(s.cell is not None for s in samples) else None,
+        visual_cell=torch.from_numpy(visual[:, 3].copy()) if any(s.cell is not None for s in samples) else None,
     )

@@ -1,5 +1,5 @@
 """Attention of a few queries per frame over that frame's keys."""
 
-from .op import query_attention
+from .op import frame_offsets, query_attention
 
-__all__ = ["query_attention"]
+__all__ = ["frame_offsets", "query_attention"]

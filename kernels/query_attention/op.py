@@ -107,6 +107,9 @@ def query_attention(
     require(key.dtype == q.dtype == value.dtype, op, "key and value", f"{q.dtype} as q", (key.dtype, value.dtype))
     require(visual_frame.shape == q.shape[:1], op, "visual_frame", f"[{q.shape[0]}]", tuple(visual_frame.shape))
     require(visual_frame.dtype == torch.int64, op, "visual_frame", "int64", visual_frame.dtype)
+    if offsets is not None:
+        fits = offsets.dtype == torch.int32 and offsets.shape == (key.shape[0] + 1,)
+        require(fits, op, "offsets", f"int32 [{key.shape[0] + 1}]", (offsets.dtype, tuple(offsets.shape)))
     for name, x in (("key", key), ("value", value), ("visual_frame", visual_frame)):
         require(x.device == q.device, op, name, f"on {q.device} as q", x.device)
     if debug_checks() and visual_frame.numel():

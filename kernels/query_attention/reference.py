@@ -10,7 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..dispatch import without_autocast
 
+
+@without_autocast
 def query_attention_reference(
     q: Tensor, key: Tensor, value: Tensor, visual_frame: Tensor, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

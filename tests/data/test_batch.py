@@ -83,6 +83,8 @@ def walk(samples, capacities, objective, grid):
             positions.append(position)
         bounds.append(len(token_ids))
         coarse_bounds.append(len(coarse))
+    free = V - len(visuals)
+    visuals += [(i * F // free, T, -1, 0) for i in range(free)]  # unused ones are spread over the frames
     visuals.sort()
     return {
         "frames": frames + [np.zeros((3, SIZE, SIZE), np.uint8)] * (F - len(frames)),
@@ -91,18 +93,23 @@ def walk(samples, capacities, objective, grid):
         "cu_seqlens": fill(bounds, capacities.samples + 1, bounds[-1]),
         "loss_index": fill([row for row, _ in losses], capacities.labels, 0),
         "labels": fill([label for _, label in losses], capacities.labels, -100),
-        "visual_index": fill([v[1] for v in visuals], V, T),
-        "visual_frame": fill([v[0] for v in visuals], V, F - 1),
-        "query_from": fill([v[2] for v in visuals], V, -1),
+        "visual_index": [v[1] for v in visuals],
+        "visual_frame": [v[0] for v in visuals],
+        "query_from": [v[2] for v in visuals],
         "coarse_index": fill(coarse, C, T),
         "coarse_cu_seqlens": fill(coarse_bounds, capacities.samples + 1, coarse_bounds[-1]),
         "source_id": fill([sample.source_id for sample in samples], capacities.samples, -1),
-        "visual_cell": fill([v[3] for v in visuals], V, 0) if grid else None,
+        "visual_cell": [v[3] for v in visuals] if grid else None,
     }
 
 
 def fill(values, size, unused):
     return values + [unused] * (size - len(values))
+
+
+def used(batch, name):
+    """The entries of a visual tensor that belong to a sample."""
+    return getattr(batch, name)[batch.visual_index < len(batch.token_ids)].tolist()
 
 
 @given(
@@ -145,8 +152,8 @@ def test_video_first_by_hand():
     assert batch.cu_seqlens[:3].tolist() == [0, 1, 6]
     assert batch.coarse_cu_seqlens[:3].tolist() == [0, 0, 2]
     assert batch.coarse_index[:3].tolist() == [1, 2, CAPACITIES.tokens]
-    assert batch.query_from[:3].tolist() == [-1, 0, -1]
-    assert batch.visual_frame[:2].tolist() == [1, 2]
+    assert used(batch, "query_from") == [-1, 0]
+    assert used(batch, "visual_frame") == [1, 2]
     assert batch.labels[:3].tolist() == [8, 9, -100]  # not the start token
     assert batch.loss_index[:2].tolist() == [3, 4]
 
@@ -155,8 +162,8 @@ def test_question_first_by_hand():
     """The question's last token writes the first look; the label after a visual slot counts."""
     batch = collate([sample_of([text(1, 4), Visual((0, 0)), text(6)])], CAPACITIES, "ce_all", SIZE)
     assert batch.coarse_index[:5].tolist() == [0, 1, 2, 3, CAPACITIES.tokens]
-    assert batch.query_from[:2].tolist() == [1, 2]
-    assert batch.visual_frame[:2].tolist() == [0, 0]
+    assert used(batch, "query_from") == [1, 2]
+    assert used(batch, "visual_frame") == [0, 0]
     assert (batch.labels[:2].tolist(), batch.loss_index[:2].tolist()) == ([4, 6], [0, 3])
 
 
@@ -164,11 +171,11 @@ def test_samples_share_frames_by_identity_only():
     frames = np.full((2, 3, SIZE, SIZE), 9, np.uint8)
     parts = [Visual((0, 1)), text(1, 2)]
     shared = collate([sample_of(parts, frames=frames) for _ in range(3)], CAPACITIES, "ce_all", SIZE)
-    assert shared.visual_frame[:6].tolist() == [0, 0, 0, 1, 1, 1]
-    assert shared.visual_index[:6].tolist() == [0, 4, 8, 1, 5, 9]
+    assert used(shared, "visual_frame") == [0, 0, 0, 1, 1, 1]
+    assert used(shared, "visual_index") == [0, 4, 8, 1, 5, 9]
     assert int(shared.frames.sum(dtype=torch.int64)) == int(frames.sum())
     copies = collate([sample_of(parts, frames=frames.copy()) for _ in range(3)], CAPACITIES, "ce_all", SIZE)
-    assert copies.visual_frame[:6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert used(copies, "visual_frame") == [0, 1, 2, 3, 4, 5]
 
 
 def test_empty_pack_keeps_every_shape():

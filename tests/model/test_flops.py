@@ -52,7 +52,11 @@ def test_forward_operations_equal_torchs_counter(overrides, iterations, monkeypa
         sum(n * (n - 1) / 2 for n in passes) * 4 * config.llm_config.hidden_size * config.llm_config.num_hidden_layers
     )
     rotary = sum(passes) * 32  # positions times frequencies, computed as a product by transformers
-    assert counter.get_total_flops() - upper - rotary == pytest.approx(flops.forward, rel=1e-3)
+    # the rider's row gets a K and a V that nobody needs: one row in 257 instead of a copy of all others
+    vision = config.vision_config
+    rides = looks == 1 and config.deep_query
+    spare = samples * frames * vision.num_hidden_layers * 4 * vision.hidden_size**2 if rides else 0
+    assert counter.get_total_flops() - upper - rotary - spare == pytest.approx(flops.forward, rel=1e-3)
     assert flops.training == 3 * flops.forward
 
 

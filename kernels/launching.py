@@ -43,7 +43,15 @@ class Launch(NamedTuple):
     tiles: Tiles
 
 
-_recorded: list[Launch] | None = None
+class Recording(list[Launch]):
+    """Launches in their order, and the choices that were made for them: kernel → variant and candidates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choices: dict[str, tuple[str, Sequence[Tiles]]] = {}
+
+
+_recorded: Recording | None = None
 _forced: dict[str, Tiles] = {}
 
 
@@ -76,6 +84,8 @@ def choose(kernel: str, key: str, candidates: dict[int, Sequence[Tiles]], probe:
     Args:
         candidates: by bytes an element; no candidate may spill registers (``benchmarks/kernels_compile.py``).
     """
+    if _recorded is not None:
+        _recorded.choices[kernel] = (key, candidates[probe.element_size()])
     if kernel in _forced:
         return _forced[kernel]
     return _tuned(_gpu(probe.device)).get(kernel, {}).get(key, candidates[probe.element_size()][0])
@@ -91,10 +101,10 @@ def launch(kernel: Any, num_programs: int, tiles: Tiles, **arguments: Any) -> No
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording() -> Iterator[Recording]:
     """Collect launches instead of running them."""
     global _recorded
-    _recorded = []
+    _recorded = Recording()
     try:
         yield _recorded
     finally:

@@ -31,9 +31,10 @@ def varlen_attention_reference(q: Tensor, key: Tensor, value: Tensor, cu_seqlens
     return torch.cat(parts)
 
 
-def varlen_attention_torch(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def varlen_attention_padded(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Rows unpacked to [S, L], one batched SDPA, packed again."""
-    if q.device.type == "cpu":  # reading lengths costs no synchronisation here, so L and S need not be the worst case
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        # reading lengths costs no synchronisation here, so L and S need not be the worst case
         lengths = cu_seqlens.diff()
         lengths = lengths[lengths > 0] if bool((lengths > 0).any()) else lengths[:1]
         # without any sample one unused slot stays: the order of gradients must not depend on the data

@@ -1,0 +1,73 @@
+"""FlashAttention's packed form, from the package ``flash_attn`` or from torch itself.
+
+Shapes: T rows, S samples, h heads, k head width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from .reference import varlen_attention_padded
+
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # torch 2.11's does not
+
+
+def refuses_flash_attn(probe: Tensor, named: bool) -> str | None:
+    """Why the package ``flash_attn`` cannot serve tensors like ``probe`` [T, h, k], or None."""
+    if reason := _refuses_flash(probe):
+        return reason
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash_attn is not installed"
+    return None
+
+
+def varlen_attention_flash(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """The package ``flash_attn``, with its deterministic gradients."""
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return flash_attn_varlen_func(q, key, value, *bounds, causal=True, deterministic=True)
+
+    return _without_tail(attend, q, key, value, cu_seqlens)
+
+
+def varlen_attention_torch(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """torch's ``varlen_attn`` where it serves, otherwise one padded SDPA."""
+    if _refuses_flash(q) or q.shape[2] % 8 != 0:
+        return varlen_attention_padded(q, key, value, cu_seqlens, max_seqlen)
+    grouped = q.shape[1] != key.shape[1]
+    options = {"enable_gqa": True} if grouped and _TAKES_GROUPS else {}
+
+    def attend(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if grouped and not _TAKES_GROUPS:
+            key, value = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return varlen.varlen_attn(q, key, value, *bounds, window_size=(-1, 0), **options)  # nothing ahead: causal
+
+    return _without_tail(attend, q, key, value, cu_seqlens)
+
+
+def _refuses_flash(probe: Tensor) -> str | None:
+    if probe.device.type != "cuda":
+        return "FlashAttention needs a GPU"
+    if probe.dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention takes bfloat16 and float16, not {str(probe.dtype).removeprefix('torch.')}"
+    if probe.shape[2] > 256:
+        return f"FlashAttention takes heads of up to 256, not {probe.shape[2]}"
+    if torch.cuda.get_device_properties(probe.device).major < 8:  # unlike the capability, known to torch.compile
+        return "FlashAttention needs compute capability 8.0"
+    return None
+
+
+def _without_tail(attend: Callable, q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``attend``, with zeros in the rows that belong to nobody: it writes neither these outputs nor these gradients."""
+    tail = (torch.arange(q.shape[0], device=q.device) >= cu_seqlens[-1]).view(-1, 1, 1)
+    q, key, value = (x.masked_fill(tail, 0) for x in (q, key, value))  # and so their gradients
+    return attend(q, key, value).masked_fill(tail, 0)

@@ -15,6 +15,7 @@ setup(
     python_requires=">=3.11",
     # fvlm/kernels is a link to the top-level folder: found as a namespace package, shipped as fvlm.kernels
     packages=find_namespace_packages(include=["fvlm", "fvlm.*"]),
+    package_data={"fvlm.kernels": ["tuned/*.json"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
@@ -29,6 +30,8 @@ setup(
         "pillow",
         "simplejpeg",
         "PyYAML",
+        "pyarrow",
+        "aiohttp",
         "tqdm",
         "matplotlib",
     ],

@@ -13,18 +13,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep.parallel import run_here, run_in_processes
-from data_prep.sources import SOURCES
+from data_prep.sources import licences, open_source
+from data_prep.sources.arguments import add_source_arguments, check_source_arguments
 from data_prep.unit import RECORDS, Job, finished, units, write_json
 from fvlm.data.chat import load_tokenizer, tokenizer_hash
 
 DESCRIPTION = """Turn media files and their texts into training shards.
 
-Reads a JSONL manifest, decodes each video at one frame a second (at most --max-frames, evenly spaced beyond), scales
-and crops, and writes shard-000000.tar with its index, and summary.json: what was written, what was skipped and why.
-Run the same command again to go on where an earlier one stopped.
+Reads a JSONL manifest, or a data set's files as they are published, decodes each video at one frame a second (at most
+--max-frames, evenly spaced beyond), scales and crops, and writes shard-000000.tar with its index, and summary.json:
+what was written, what was skipped and why, and the licences. Run again, it goes on where an earlier run stopped.
 
-example:
+examples:
   python -m data_prep.prepare --source folder --input data/clips --manifest train.jsonl --out data/shards/train
+  python -m data_prep.prepare --source cauldron --input the_cauldron --out data/shards/cauldron
+  python -m data_prep.prepare --source webvid --input annotations --media media/webvid --out data/shards/webvid
+
+docs/data.md says what each source expects to find where.
 """
 
 
@@ -102,6 +107,7 @@ def _summary(records: Iterable[dict]) -> dict:
     return {
         **{name: counts[name] for name in ("samples", "frames", "shards")},
         "by_source": dict(sorted(by_source.items())),
+        "licences": licences(sorted(by_source)),
         "by_kind": dict(sorted(by_kind.items())),
         "skipped": len(skipped),
         "skipped_by_reason": dict(reasons.most_common()),
@@ -114,7 +120,7 @@ def _print(summary: dict, out: Path) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in summary["by_kind"].items()) or "none"
     print(f"{summary['samples']} samples ({kinds}), {summary['frames']} frames, {summary['shards']} shards in {out}")
     for source, count in summary["by_source"].items():
-        print(f"  {count:8d}  {source}")
+        print(f"  {count:8d}  {source} ({summary['licences'][source]['licence']})")
     for warning in summary["warnings"][:10]:
         print(f"  warning  {warning['key']}  {warning['file']}: {warning['detail']}")
     if summary["skipped"]:
@@ -132,16 +138,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--source", choices=SOURCES, default="folder", help="adapter of the data set (default folder)")
-    parser.add_argument("--input", type=Path, metavar="DIR", help="folder of the data set")
-    parser.add_argument("--manifest", type=Path, required=True, help="JSONL file, inside --input or by its own path")
+    add_source_arguments(parser)
+    parser.add_argument("--media", type=Path, metavar="DIR", help="folder of the media, where they lie elsewhere")
     parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder to write")
+    parser.add_argument(
+        "--prompts",
+        choices=("recipe", "varied"),
+        default="recipe",
+        help="what asks for captions: the recipe's one prompt a source (default), or one of several by the row's key",
+    )
     parser.add_argument("--size", type=_positive, default=224, help="width and height of frames (default 224)")
     parser.add_argument("--tokenizer", default="tiny", help="tiny, a Hugging Face id or a folder (default tiny)")
     parser.add_argument("--max-frames", type=_positive, default=64, help="most frames of a video (default 64)")
     parser.add_argument("--samples-per-shard", type=_positive, default=1000, help="rows a shard (default 1000)")
     parser.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes (default: one a core)")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    check_source_arguments(parser, asked)
+    if asked.source == "folder" and asked.prompts == "varied":
+        parser.error("--prompts varied: a manifest brings its own user texts; write them there")
+    return asked
 
 
 def _positive(text: str) -> int:
@@ -159,14 +174,14 @@ def main(arguments: list[str] | None = None) -> int:
     }
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process a core is parallel enough
     try:
-        source = SOURCES[asked.source](asked.input, asked.manifest)
+        source = open_source(asked.source, asked.input, asked.manifest, asked.media, asked.prompts == "varied")
         summary = prepare(source, asked.out, **settings)
     except (PrepareError, OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     _print(summary, asked.out)
     if not summary["samples"]:
-        print(f"error: no sample could be written from {asked.manifest}", file=sys.stderr)
+        print(f"error: no sample could be written from {asked.manifest or asked.input}", file=sys.stderr)
         return 1
     return 0
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from data_prep.packed import PackedMedia
 from data_prep.sources import Row
 from fvlm.data.chat import load_tokenizer
 from fvlm.data.errors import MediaError, SampleError
@@ -110,7 +111,7 @@ class _MediaReader:
     """Reads the media of rows; rows in a row that share them share the work."""
 
     def __init__(self, job: Job, lost: dict[str, str]):
-        self._job, self._lost = job, lost
+        self._job, self._lost, self._packed = job, lost, PackedMedia()
         self._media: tuple[str, ...] | None = None
         self._outcome: tuple | MediaError | None = None
         self.warnings: list[dict] = []
@@ -132,7 +133,8 @@ class _MediaReader:
             try:
                 if file in self._lost:
                     raise MediaError(self._lost[file], f"{file}: reading it took the process down")
-                media = read_media(file, self._job.size, self._job.max_frames)
+                with self._packed.file(file) as path:
+                    media = read_media(path, self._job.size, self._job.max_frames)
                 if len(files) > 1 and media.kind == "video":
                     raise MediaError("video_among_several", f"{file}: a list of media may hold stills only")
             except MediaError as error:

@@ -75,13 +75,15 @@ def test_imports_run_one_way(repo_root):
     assert wrong == []
 
 
-def test_the_wheel_carries_the_kernels(repo_root, tmp_path):
+def test_the_wheel_carries_the_kernels_and_their_tuned_tiles(repo_root, tmp_path):
     """Built from tracked files alone, unpacked elsewhere, imported without the checkout."""
     source = tmp_path / "source"
     for name in listed_files(repo_root, "fvlm", "kernels", "setup.py", "pyproject.toml", "README.md"):
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repo_root / name, target, follow_symlinks=False)
+    (source / "kernels" / "tuned").mkdir(exist_ok=True)
+    (source / "kernels" / "tuned" / "some-gpu.json").write_text('{"tiles": {}}')
     build = [
         sys.executable,
         "-m",
@@ -99,7 +101,7 @@ def test_the_wheel_carries_the_kernels(repo_root, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import fvlm.model, fvlm.kernels.dispatch as d; "
-        f"assert d.__file__.startswith({str(tmp_path)!r}), d.__file__"
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import fvlm.model, fvlm.kernels.launching as l; "
+        f"assert l.__file__.startswith({str(tmp_path)!r}), l.__file__; assert (l.TUNED / 'some-gpu.json').exists()"
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path)

@@ -2,7 +2,8 @@
 
 Each line is an object: `media` (a path, or a list of them, relative to the manifest; absent for text), the text as
 `user` and `assistant`, or `turns`, or `chosen` and `rejected`, and optionally `key` (or `id`), `source`, `narration`,
-`stream` (true: nobody asked, the narration starts with the first frame), `options` with `answer`, `look_at`, `tags`.
+`stream` (true: nobody asked, the narration starts with the first frame), `options` with `answer`, `look_at`, `tags`,
+`url` (where each of `media` can be downloaded).
 Whether a file is a video or a still is found from the file.
 """
 
@@ -10,43 +11,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.sources.row import Row, check_text, clean_key
 from fvlm.data.errors import SampleError
 
-LICENCE = "as of the files in the folder"
 _STRINGS = ("user", "assistant", "chosen", "rejected", "source")
 _LISTS = ("turns", "narration", "options", "look_at", "tags")
 _CELLS = 4  # rows and columns of the grid that `look_at` points into
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a data set, valid or refused, in its place."""
-
-    key: str
-    """Unique in the data set, of the characters a shard's key may have."""
-    media: tuple[str, ...] = ()
-    """Files to read, in order."""
-    meta: dict = field(default_factory=dict)
-    """Fields of the sample's metadata, without key and what the files tell."""
-    refused: tuple[str, str] | None = None
-    """(reason, detail) if the row cannot be used."""
-
-
 class FolderSource:
-    """Rows of a manifest. Raises FileNotFoundError if there is no such file."""
+    """Rows of a manifest. Raises FileNotFoundError if there is no such file.
 
-    def __init__(self, folder: Path | None, manifest: Path):
+    Media are looked for beside the manifest, or in the folder `media` if one is given.
+    """
+
+    NAME = "folder"
+    LICENCE = "as of the files in the folder"
+    CITATION = ""
+    HOMEPAGE = ""
+
+    def __init__(self, folder: Path | None, manifest: Path, media: Path | None = None):
         places = [folder / manifest, manifest] if folder else [manifest]
         found = [path for path in places if path.is_file()]
         if not found:
             raise FileNotFoundError(f"manifest {' or '.join(map(str, places))} does not exist")
         self.manifest = found[0]
+        self.media = self.manifest.parent if media is None else media
 
     def digest(self) -> str:
         """Changes when the rows do (16 hex digits)."""
@@ -76,17 +69,17 @@ class FolderSource:
         try:
             fields = _parse(line)
             key = _key(fields, default=key)
-            media, meta = _media(fields, self.manifest.parent), _meta(fields)
-            _check_text(meta)
+            media, meta = _media(fields, self.media), _meta(fields)
+            check_text(meta)
         except SampleError as error:
             return Row(key, media, meta, (error.reason, f"{self.manifest}, line {number}: {error.detail}"))
-        return Row(key, media, meta)
+        return Row(key, media, meta, urls=_urls(fields, len(media)))
 
 
 def _parse(line: bytes) -> dict:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", str(error)) from error
     if not isinstance(fields, dict):
         raise SampleError("bad_json", f"expected an object, found {type(fields).__name__}")
@@ -97,10 +90,7 @@ def _key(fields: dict, default: str) -> str:
     given = fields.get("key", fields.get("id", default))
     if not isinstance(given, (str, int)) or given == "":
         raise SampleError("wrong_type", f"key: expected a string, found {given!r}")
-    key = re.sub(r"[^A-Za-z0-9_+=@-]", "_", str(given))
-    if key != str(given) or len(key) > 80:  # two keys made alike by this stay two
-        key = f"{key[:71]}-{zlib.crc32(str(given).encode('utf-8', 'surrogatepass')):08x}"
-    return key
+    return clean_key(str(given))
 
 
 def _media(fields: dict, folder: Path) -> tuple[str, ...]:
@@ -109,6 +99,14 @@ def _media(fields: dict, folder: Path) -> tuple[str, ...]:
     if not isinstance(media, list) or not all(isinstance(path, str) and path for path in media):
         raise SampleError("wrong_type", f"media: expected a path or a list of paths, found {fields['media']!r}")
     return tuple(str(folder / path) for path in media)
+
+
+def _urls(fields: dict, count: int) -> tuple[str, ...]:
+    """Addresses of the media, one each; none unless the row has them all (preparation does not need them)."""
+    urls = fields.get("url") or []
+    urls = [urls] if isinstance(urls, str) else urls
+    whole = isinstance(urls, list) and len(urls) == count and all(isinstance(url, str) for url in urls)
+    return tuple(urls) if whole else ()
 
 
 def _meta(fields: dict) -> dict:
@@ -135,24 +133,3 @@ def _check_each(fields: dict, name: str, fits: Callable[[object], bool], expecte
 def _is_place(entry: object) -> bool:
     cell = isinstance(entry, list) and len(entry) == 2 and all(type(at) is int and 0 <= at < _CELLS for at in entry)
     return entry is None or cell
-
-
-def _check_text(meta: dict) -> None:
-    """Answers that are there and not blank, options that hold the answer; `chat.text_counts` checks the rest."""
-    if "turns" in meta:
-        answers = {"turns": " ".join(str(turn) for turn in meta["turns"])}
-    elif "chosen" in meta or "rejected" in meta:
-        answers = {name: meta.get(name) for name in ("chosen", "rejected")}
-    else:
-        answers = {"assistant": meta.get("assistant")}
-    for name, answer in answers.items():
-        if answer is None:
-            raise SampleError("missing_field", f"{name}: a row needs assistant, or turns, or chosen and rejected")
-        if not answer.strip():
-            raise SampleError("empty_text", f"{name} is blank")
-    if "options" in meta:
-        options, answer = meta["options"], meta.get("answer")
-        if not all(isinstance(option, str) for option in options):
-            raise SampleError("wrong_type", "options: expected strings")
-        if type(answer) is not int or not 0 <= answer < len(options) or meta.get("assistant") != options[answer]:
-            raise SampleError("bad_options", f"answer {answer!r}: expected the position of `assistant` in `options`")

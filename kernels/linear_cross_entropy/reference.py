@@ -10,19 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..dispatch import without_autocast
+
 ROWS_AT_ONCE = 2048
 
 
+@without_autocast
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label in float32 (float64 for float64 input), 0 where there is none, all at once."""
     upcast = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(upcast) @ weight.to(upcast).T
-    return -F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    return _logprobs(hidden.to(upcast), weight.to(upcast), labels)
 
 
 def linear_cross_entropy_torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The same with logits in the input's precision, a chunk of rows at a time and recomputed in the backward pass."""
-    if hidden.device.type == "cpu":  # choosing the labelled rows costs no synchronisation here
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        # choosing the labelled rows costs no synchronisation here, but would break a graph
         rows = (labels != -100).nonzero().squeeze(1)
         logprobs = _in_chunks(hidden.index_select(0, rows), weight, labels[rows])
         return torch.zeros(len(labels), dtype=logprobs.dtype).index_copy(0, rows, logprobs)
@@ -33,12 +36,12 @@ def _in_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     if len(labels) <= ROWS_AT_ONCE:
         return _logprobs(hidden, weight, labels)
     chunks = zip(hidden.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)
-    return torch.cat(
-        [checkpoint(_logprobs, rows, weight, row_labels, use_reentrant=False) for rows, row_labels in chunks]
-    )
+    again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random; the state is the host's to read
+    return torch.cat([checkpoint(_logprobs, rows, weight, row_labels, **again) for rows, row_labels in chunks])
 
 
 def _logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = hidden @ weight.T
+    # rows without a label as zeros: their gradient is 0 · softmax, and a NaN would spread to all of the weight's
+    logits = hidden.masked_fill((labels == -100)[:, None], 0) @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")

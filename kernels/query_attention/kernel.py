@@ -22,7 +22,7 @@ CANDIDATES = {
         4: tiles("BLOCK_N", (32, 4, 1), (32, 4, 2), (16, 4, 1)),
     },
     "query_attention_bwd": {
-        2: tiles("BLOCK_N", (32, 4, 2), (32, 4, 1), (32, 4, 3), (32, 2, 1), (32, 8, 3), (64, 4, 2), (64, 8, 2)),
+        2: tiles("BLOCK_N", (32, 4, 2), (32, 4, 1), (32, 8, 3)),
         4: tiles("BLOCK_N", (32, 8, 1), (16, 8, 1)),
     },
 }
@@ -297,7 +297,8 @@ def _start(kernel, q: Tensor, key: Tensor, value: Tensor, offsets: Tensor, **arg
     num_frames, num_keys = key.shape[:2]
     name = kernel.__name__.removesuffix("_kernel")
     # room for the average frame's queries and then some; frames with more take another turn
-    block_m = min(64, max(16, triton.next_power_of_2(triton.cdiv(2 * num_queries, max(num_frames, 1)))))
+    most = 32 if q.element_size() == 2 else 16  # larger tiles spill registers
+    block_m = min(most, max(16, triton.next_power_of_2(triton.cdiv(2 * num_queries, max(num_frames, 1)))))
     key_of_tiles = variant(q, k=width, m=block_m)
     launch(
         kernel, num_frames * heads, choose(name, key_of_tiles, CANDIDATES[name], q),

@@ -42,16 +42,17 @@ def varlen_attention_torch(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Te
     """torch's ``varlen_attn`` where it serves, otherwise one padded SDPA."""
     if _refuses_flash(q) or q.shape[2] % 8 != 0:
         return varlen_attention_padded(q, key, value, cu_seqlens, max_seqlen)
+    return _without_tail(lambda *rows: torch_varlen_attn(*rows, cu_seqlens, max_seqlen), q, key, value, cu_seqlens)
+
+
+def torch_varlen_attn(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """torch's function as it is: rows that belong to nobody are not written."""
     grouped = q.shape[1] != key.shape[1]
+    if grouped and not _TAKES_GROUPS:
+        key, value = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (key, value))
     options = {"enable_gqa": True} if grouped and _TAKES_GROUPS else {}
-
-    def attend(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if grouped and not _TAKES_GROUPS:
-            key, value = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return varlen.varlen_attn(q, key, value, *bounds, window_size=(-1, 0), **options)  # nothing ahead: causal
-
-    return _without_tail(attend, q, key, value, cu_seqlens)
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return varlen.varlen_attn(q, key, value, *bounds, window_size=(-1, 0), **options)  # nothing ahead: causal
 
 
 def _refuses_flash(probe: Tensor) -> str | None:

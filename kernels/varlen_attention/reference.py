@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import without_autocast
 
+
+@without_autocast
 def varlen_attention_reference(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """The definition, sample by sample, in float32 (float64 for float64 input)."""
     upcast = torch.promote_types(q.dtype, torch.float32)

@@ -63,7 +63,7 @@ def select(op: str, backends: Sequence[Backend], probe: Tensor) -> Callable:
 def _requested(op: str) -> str:
     """The back end that ``FVLM_KERNELS`` names for ``op``, or ``auto``."""
     setting = os.environ.get("FVLM_KERNELS", "auto")
-    chosen = "auto"
+    chosen = {"": "auto"}
     for part in setting.split(","):
         name_of_op, _, name = part.strip().rpartition(":")
         if name not in ("auto", *NAMES) or name_of_op not in ("", *OPS):
@@ -71,9 +71,8 @@ def _requested(op: str) -> str:
                 f"FVLM_KERNELS={setting!r}: expected auto or one of {', '.join(NAMES)}, for every op or as "
                 f"op:name with op one of {', '.join(OPS)}"
             )
-        if name_of_op in ("", op):
-            chosen = name
-    return chosen
+        chosen[name_of_op] = name
+    return chosen.get(op, chosen[""])  # what names the op wins, wherever it stands
 
 
 def _first_that_serves(op: str, backends: Sequence[Backend], probe: Tensor) -> Callable:

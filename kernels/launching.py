@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 TUNED = Path(__file__).with_name("tuned")
-"""One JSON a GPU model that was measured: kernel → variant → the tiles that won (``benchmarks/kernels.py --tune``)."""
+"""One JSON a measured GPU model: kernel → variant → the tiles that won (``python -m benchmarks.kernels --tune``)."""
 
 
 class Tiles(NamedTuple):
@@ -96,8 +96,12 @@ def launch(kernel: Any, num_programs: int, tiles: Tiles, **arguments: Any) -> No
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, tiles))
         return
-    options = {} if interpreted() else {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    kernel[(num_programs,)](**arguments, **tiles.blocks, **options)
+    if interpreted():
+        kernel[(num_programs,)](**arguments, **tiles.blocks)
+        return
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    with torch.cuda.device(device):  # Triton starts on the current device, whatever the tensors' own
+        kernel[(num_programs,)](**arguments, **tiles.blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
 @contextmanager

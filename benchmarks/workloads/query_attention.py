@@ -41,6 +41,7 @@ class Shape(NamedTuple):
 
 SHAPES = (Shape(), Shape(queries=8))
 CROWDED = Shape(frames=16, queries=64)
+WIDE = Shape(frames=16, queries=8, heads=6, width=128)
 REHEARSED = (Shape(frames=3, queries=1, heads=2, keys=17, width=16), Shape(3, 2, 2, 17, 16))
 ENCODER = (Shape(queries=257), Shape(queries=258))
 ENCODER_REHEARSED = (Shape(3, 17, 2, 17, 16), Shape(3, 18, 2, 17, 16))
@@ -71,7 +72,8 @@ def host_calls(dtype: torch.dtype, device: torch.device, rehearsed: bool = False
     """The benchmark's shapes; beyond them every result with an upstream gradient, and more queries than a pack has."""
     if rehearsed:
         return [host_call(shape, dtype, device) for shape in REHEARSED]
-    others = [host_call(SHAPES[0], dtype, device, all_gradients=True), host_call(CROWDED, dtype, device)]
+    others = [host_call(SHAPES[0], dtype, device, all_gradients=True)]
+    others += [host_call(shape, dtype, device) for shape in (CROWDED, WIDE)]
     return [*(host_call(shape, dtype, device) for shape in SHAPES), *(call._replace(trained=False) for call in others)]
 
 
@@ -85,9 +87,9 @@ def host_call(shape: Shape, dtype: torch.dtype, device: torch.device, all_gradie
     def backward(results: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         out, lse, entropy = results
         more = (lse, entropy) if all_gradients else (None, None)
-        return kernel.backward(*tensors, out, lse, entropy, x.upstream, *more)
+        return kernel.backward(*tensors, out, lse, entropy, x.upstream, *more, True)
 
-    geometry = f"{shape.queries} a frame" + (", all gradients" if all_gradients else "")
+    geometry = f"{shape.queries} a frame, k={shape.width}" + (", all gradients" if all_gradients else "")
     return HostCall("query_attention", geometry, lambda: kernel.forward(*tensors), backward)
 
 

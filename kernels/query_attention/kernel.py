@@ -178,6 +178,7 @@ def query_attention_bwd_kernel(
     BLOCK_K: tl.constexpr,
     LSE_GRAD: tl.constexpr,
     ENTROPY_GRAD: tl.constexpr,
+    KV_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -212,12 +213,13 @@ def query_attention_bwd_kernel(
             p, d_s = _weights_and_score_gradient(
                 q, d_out, lse, delta, entropy, d_entropy, key, value, keys < N, scale_log2, scale, ENTROPY_GRAD
             )
-            _store_rows(d_value_ptr, dot(tl.trans(p), d_out), keys, columns, H * K, keys < N, K, BLOCK_K)
-            _store_rows(d_key_ptr, dot(tl.trans(d_s), q), keys, columns, H * K, keys < N, K, BLOCK_K)
+            if KV_GRAD:
+                _store_rows(d_value_ptr, dot(tl.trans(p), d_out), keys, columns, H * K, keys < N, K, BLOCK_K)
+                _store_rows(d_key_ptr, dot(tl.trans(d_s), q), keys, columns, H * K, keys < N, K, BLOCK_K)
             d_q += dot(d_s, key)
         _store_rows(d_q_ptr, d_q, rows, columns, H * K, row_mask, K, BLOCK_K)
     else:
-        for n in range(0, N, BLOCK_N):
+        for n in range(0, N if KV_GRAD else 0, BLOCK_N):
             keys = n + tl.arange(0, BLOCK_N)
             key = _load_rows(key_ptr, keys, columns, key_row_stride, keys < N, K, BLOCK_K)
             value = _load_rows(value_ptr, keys, columns, value_row_stride, keys < N, K, BLOCK_K)
@@ -275,11 +277,15 @@ def backward(
     d_out: Tensor,
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
+    kv_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, key and value, each contiguous; absent upstream gradients cost nothing."""
+    """Gradients of q, key and value, each contiguous; absent upstream gradients cost nothing.
+
+    Without ``kv_grad`` (a frozen encoder) those of key and value are neither computed nor written, and come back empty.
+    """
     q, key, value = q.contiguous(), _heads_together(key), _heads_together(value)
     d_q = torch.empty_like(q)
-    d_key, d_value = (torch.empty(key.shape, dtype=key.dtype, device=key.device) for _ in range(2))
+    d_key, d_value = (torch.empty(key.shape if kv_grad else 0, dtype=q.dtype, device=q.device) for _ in range(2))
     _start(
         query_attention_bwd_kernel, q, key, value, offsets,
         out_ptr=out, lse_ptr=lse, entropy_ptr=entropy,
@@ -288,6 +294,7 @@ def backward(
         d_entropy_ptr=entropy if d_entropy is None else d_entropy.contiguous(),
         d_q_ptr=d_q, d_key_ptr=d_key, d_value_ptr=d_value,
         scale=1 / math.sqrt(q.shape[2]), LSE_GRAD=d_lse is not None, ENTROPY_GRAD=d_entropy is not None,
+        KV_GRAD=kv_grad,
     )  # fmt: skip
     return d_q, d_key, d_value
 
@@ -297,12 +304,12 @@ def _start(kernel, q: Tensor, key: Tensor, value: Tensor, offsets: Tensor, **arg
     num_frames, num_keys = key.shape[:2]
     name = kernel.__name__.removesuffix("_kernel")
     # room for the average frame's queries and then some; frames with more take another turn
-    most = 32 if q.element_size() == 2 else 16  # larger tiles spill registers
+    most = 32 if q.element_size() == 2 and width <= 64 else 16  # larger tiles spill registers
     block_m = min(most, max(16, triton.next_power_of_2(triton.cdiv(2 * num_queries, max(num_frames, 1)))))
     key_of_tiles = variant(q, k=width, m=block_m)
     launch(
         kernel, num_frames * heads, choose(name, key_of_tiles, CANDIDATES[name], q),
-        q_ptr=q, key_ptr=key, value_ptr=value, offsets_ptr=offsets,
+        q_ptr=q, key_ptr=key, value_ptr=value, offsets_ptr=offsets.contiguous(),
         key_frame_stride=key.stride(0), key_row_stride=key.stride(1),
         value_frame_stride=value.stride(0), value_row_stride=value.stride(1),
         scale_log2=LOG2_E.value / math.sqrt(width), N=num_keys, H=heads, K=width,

@@ -9,6 +9,9 @@ from ..dispatch import Backend, debug_checks, require, select, under_autocast
 from ..launching import refuses_triton
 from .reference import query_attention_reference, query_attention_torch
 
+WIDEST = 128
+"""The widest head that the Triton kernels' tiles have room for."""
+
 
 def frame_offsets(visual_frame: Tensor, num_frames: int) -> Tensor:
     """Where each frame's queries begin and end: int32 [F+1]; frame f owns offsets[f]:offsets[f+1]."""
@@ -40,15 +43,17 @@ def _backward(
     d_out: Tensor,
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
+    kv_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .kernel import backward
 
-    return backward(q, key, value, offsets, out, lse, entropy, d_out, d_lse, d_entropy)
+    return backward(q, key, value, offsets, out, lse, entropy, d_out, d_lse, d_entropy, kv_grad)
 
 
 @_backward.register_fake
-def _(q, key, value, *_):
-    return q.new_empty(q.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(q, key, value, *others):
+    kv_grad = others[-1]
+    return q.new_empty(q.shape), *(x.new_empty(x.shape if kv_grad else 0) for x in (key, value))
 
 
 def _setup_context(ctx, inputs, output):
@@ -60,7 +65,9 @@ def _gradients(ctx, d_out, d_lse, d_entropy):
     saved = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(saved[0])
-    return *torch.ops.fvlm.query_attention_backward(*saved, d_out, d_lse, d_entropy), None
+    kv_grad = any(ctx.needs_input_grad[1:3])
+    d_q, d_key, d_value = torch.ops.fvlm.query_attention_backward(*saved, d_out, d_lse, d_entropy, kv_grad)
+    return d_q, d_key if kv_grad else None, d_value if kv_grad else None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -73,8 +80,14 @@ def query_attention_triton(q, key, value, visual_frame, offsets=None):
     return torch.ops.fvlm.query_attention(q, key, value, offsets)
 
 
+def _refuses_triton(probe: Tensor, named: bool) -> str | None:
+    if probe.shape[2] > WIDEST:
+        return f"the kernels take heads of up to {WIDEST}, not {probe.shape[2]}"
+    return refuses_triton(probe, named)
+
+
 _BACKENDS = (
-    Backend("triton", query_attention_triton, refuses_triton),
+    Backend("triton", query_attention_triton, _refuses_triton),
     Backend("torch", query_attention_torch),
     Backend("reference", query_attention_reference),
 )
@@ -110,10 +123,12 @@ def query_attention(
     if offsets is not None:
         fits = offsets.dtype == torch.int32 and offsets.shape == (key.shape[0] + 1,)
         require(fits, op, "offsets", f"int32 [{key.shape[0] + 1}]", (offsets.dtype, tuple(offsets.shape)))
-    for name, x in (("key", key), ("value", value), ("visual_frame", visual_frame)):
-        require(x.device == q.device, op, name, f"on {q.device} as q", x.device)
+    for name, x in (("key", key), ("value", value), ("visual_frame", visual_frame), ("offsets", offsets)):
+        require(x is None or x.device == q.device, op, name, f"on {q.device} as q", getattr(x, "device", None))
     if debug_checks() and visual_frame.numel():
         require(bool((visual_frame.diff() >= 0).all()), op, "visual_frame", "sorted", visual_frame.tolist())
         inside = int(visual_frame[0]) >= 0 and int(visual_frame[-1]) < key.shape[0]
         require(inside, op, "visual_frame", f"in [0, {key.shape[0]})", visual_frame.tolist())
+        same = offsets is None or torch.equal(offsets, frame_offsets(visual_frame, key.shape[0]))
+        require(same, op, "offsets", "frame_offsets(visual_frame, F)", offsets)
     return select(op, _BACKENDS, q)(q, key, value, visual_frame, offsets)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from tests.kernels.tolerances import BACKWARD, FORWARD
@@ -9,7 +11,7 @@ from tests.kernels.tolerances import BACKWARD, FORWARD
 
 def worst(got, reference):
     """Largest error relative to the largest value; inputs are unit normal, so below 0.05 a value has cancelled."""
-    got, reference = got.detach().double(), reference.detach().double()
+    got, reference = got.detach().double().cpu(), reference.detach().double().cpu()
     if reference.numel() == 0:
         return 0.0 if got.shape == reference.shape else float("inf")
     error = float((got - reference).abs().max() / reference.abs().max().clamp(min=0.05))
@@ -34,10 +36,15 @@ def backward_tolerance(dtype):
 
 
 def in_dtype(tensors, dtype):
-    """The same values twice: exact (float64) and as given, both leaves that want gradients."""
+    """The same values twice, as leaves that want gradients: exact (float64), and as given to the back end in force."""
     exact = [x.to(dtype).double().requires_grad_() for x in tensors]
-    given = [x.to(dtype).requires_grad_() for x in tensors]
+    given = [where_it_runs(x.to(dtype)).requires_grad_() for x in tensors]
     return exact, given
+
+
+def where_it_runs(x):
+    """``x`` where the back end in force can take it."""
+    return x.to(device_for_triton()) if os.environ.get("FVLM_KERNELS") == "triton" else x
 
 
 def device_for_triton():

@@ -38,8 +38,9 @@ def test_a_named_back_end_that_cannot_serve_is_an_error(monkeypatch):
         select(OP, (ONE, TWO), PROBE)
 
 
-def test_a_back_end_can_be_named_for_one_op(monkeypatch):
-    monkeypatch.setenv("FVLM_KERNELS", "torch,varlen_attention:triton")
+@pytest.mark.parametrize("setting", ["torch,varlen_attention:triton", "varlen_attention:triton,torch"])
+def test_a_back_end_can_be_named_for_one_op(setting, monkeypatch):
+    monkeypatch.setenv("FVLM_KERNELS", setting)
     assert select(OP, (ONE, TWO), PROBE)() == "triton"
     assert select("query_attention", (ONE, TWO), PROBE)() == "torch"
 

@@ -10,9 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from fvlm.kernels.launching import recording
 from fvlm.kernels.query_attention import frame_offsets, query_attention
 from fvlm.kernels.query_attention.reference import attention_weights, query_attention_reference
-from tests.kernels.checks import assert_close, backward_tolerance, device_for_triton, forward_tolerance, in_dtype
+from tests.kernels.checks import (
+    assert_close,
+    backward_tolerance,
+    device_for_triton,
+    forward_tolerance,
+    in_dtype,
+    where_it_runs,
+)
 
 BACKENDS = ["triton", "torch", "reference"]
 HALF_AND_FULL = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,12 +54,12 @@ def inputs(num_queries, num_frames, num_keys, heads=2, width=16, seed=0):
 def check_against(expected_of, tensors, frame, dtype, upstream_of=(0,)):
     """Results and gradients of the back end in force, with upstream gradients for the results at these positions."""
     exact, given_ = in_dtype(tensors, dtype)
-    expected, got = expected_of(*exact, frame), query_attention(*given_, frame)
+    expected, got = expected_of(*exact, frame), query_attention(*given_, where_it_runs(frame))
     assert_close(RESULTS, got, expected, forward_tolerance(dtype))
     upstream = [torch.randn(expected[i].shape, dtype=torch.float64).to(dtype).double() for i in upstream_of]
     torch.autograd.backward([expected[i] for i in upstream_of], upstream)
     torch.autograd.backward(
-        [got[i] for i in upstream_of], [g.to(got[i].dtype) for i, g in zip(upstream_of, upstream, strict=True)]
+        [got[i] for i in upstream_of], [g.to(got[i]) for i, g in zip(upstream_of, upstream, strict=True)]
     )
     gradients = [[torch.zeros_like(x) if x.grad is None else x.grad for x in leaves] for leaves in (given_, exact)]
     assert_close(GRADIENTS, *gradients, backward_tolerance(dtype))
@@ -132,17 +140,31 @@ def test_offsets_may_be_handed_in(triton):
     tensors, frame = on_device()
     offsets = frame_offsets(frame, 3)
     assert offsets.tolist() == [int((frame < f).sum()) for f in range(4)]
-    for a, b in zip(query_attention(*tensors, frame, offsets), query_attention(*tensors, frame), strict=True):
-        assert torch.equal(a, b)
+    spread = torch.stack([offsets, torch.full_like(offsets, -7)], 1)[:, 0]
+    for given_ in (offsets, spread):
+        for a, b in zip(query_attention(*tensors, frame, given_), query_attention(*tensors, frame), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_frozen_encoder_costs_no_gradient_of_its_keys(triton):
+    """dq is the same to the bit, and no dK or dV is allocated; also for a frame with more queries than a block."""
+    tensors, frame = on_device(num_queries=90)
+    d_q = torch.autograd.grad(query_attention(*tensors, frame)[0].sum(), tensors)[0]
+    q, key, value = (x.detach() for x in tensors)
+    out = query_attention(q.requires_grad_(), key, value, frame)[0]
+    with recording() as launches:
+        torch.autograd.grad(out.sum(), q, retain_graph=True)
+    assert [launches[0].arguments[name].numel() for name in ("d_key_ptr", "d_value_ptr")] == [0, 0]
+    assert torch.equal(torch.autograd.grad(out.sum(), q)[0], d_q)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_frame_that_nobody_looks_at_gets_zero_gradient(backend, monkeypatch):
     monkeypatch.setenv("FVLM_KERNELS", backend)
-    q, key, value, _ = (x.float() for x in inputs(3, 4, 6))
+    q, key, value, _ = (where_it_runs(x.float()) for x in inputs(3, 4, 6))
     key.requires_grad_()
     value[1] = math.nan  # nor is it read
-    frame = torch.tensor([0, 2, 2])
+    frame = where_it_runs(torch.tensor([0, 2, 2]))
     query_attention(q, key, value, frame)[0].sum().backward()
     assert key.grad[1].abs().max() == 0
     assert key.grad[3].abs().max() == 0
@@ -171,6 +193,12 @@ def test_torch_compile_sees_no_graph_break(monkeypatch):
         compiled = run(tensors, frame, torch.compile(query_attention, fullgraph=True, backend="aot_eager"))
         assert_close(f"{RESULTS} {GRADIENTS}", compiled, eager, 1e-6)
         torch.compiler.reset()
+
+
+def test_heads_beyond_the_tiles_are_refused(triton):
+    tensors, frame = on_device(width=136)
+    with pytest.raises(RuntimeError, match="up to 128, not 136"):
+        query_attention(*tensors, frame)
 
 
 def test_the_op_is_registered_as_torch_expects(triton):
@@ -209,7 +237,7 @@ def test_heat_maps_are_the_weights_behind_the_output():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_entropy_of_a_sharp_attention_is_finite_and_zero(backend, monkeypatch):
     monkeypatch.setenv("FVLM_KERNELS", backend)
-    q, key, value, frame = (x.float() if x.is_floating_point() else x for x in inputs(2, 1, 8))
+    q, key, value, frame = (where_it_runs(x.float() if x.is_floating_point() else x) for x in inputs(2, 1, 8))
     _, _, entropy = query_attention(q * 1e4, key, value, frame)
     assert entropy.abs().max() < 1e-6
 
@@ -227,6 +255,8 @@ def test_wrong_arguments_are_named(monkeypatch):
     with pytest.raises(ValueError, match="offsets"):
         query_attention(q, key, value, frame, frame_offsets(frame, 3))
     monkeypatch.setenv("FVLM_DEBUG", "1")
+    with pytest.raises(ValueError, match="offsets"):
+        query_attention(q, key, value, frame, torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="sorted"):
         query_attention(q, key, value, torch.tensor([1, 0, 1, 1]))
     with pytest.raises(ValueError, match=r"\[0, 2\)"):

@@ -155,7 +155,7 @@ def test_wide_heads(width, dtype, monkeypatch):
 
 def test_heads_beyond_the_tiles_are_refused(triton):
     with pytest.raises(RuntimeError, match="up to 128, not 136"):
-        varlen_attention(*leaves(3, width=136), bounds([3]), 3)
+        varlen_attention(*leaves(3, width=136), bounds([3]).to(device_for_triton()), 3)
 
 
 def test_hundreds_of_samples(monkeypatch):

@@ -6,6 +6,7 @@ frame needed; stills and animated pictures go through `fvlm.data.picture`. Used 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_media(path: str | Path, size: int, max_frames: int = 64) -> Media:
     `no_video_stream`, `no_frames`, `too_many_pixels`, `too_long_frame`, `broken_picture` or `truncated_picture`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # not Path's, which fails on a name that is too long
         raise MediaError("missing_file", f"{path} does not exist or is not a file")
     try:
         if path.stat().st_size == 0:

@@ -307,8 +307,11 @@ def _start(kernel, q: Tensor, key: Tensor, value: Tensor, offsets: Tensor, **arg
     most = 32 if q.element_size() == 2 and width <= 64 else 16  # larger tiles spill registers
     block_m = min(most, max(16, triton.next_power_of_2(triton.cdiv(2 * num_queries, max(num_frames, 1)))))
     key_of_tiles = variant(q, k=width, m=block_m)
+    candidates = CANDIDATES[name]
+    if width > 64:  # beside such rows only the narrowest block of fp32 keys has registers
+        candidates = candidates | {4: candidates[4][-1:]}
     launch(
-        kernel, num_frames * heads, choose(name, key_of_tiles, CANDIDATES[name], q),
+        kernel, num_frames * heads, choose(name, key_of_tiles, candidates, q),
         q_ptr=q, key_ptr=key, value_ptr=value, offsets_ptr=offsets.contiguous(),
         key_frame_stride=key.stride(0), key_row_stride=key.stride(1),
         value_frame_stride=value.stride(0), value_row_stride=value.stride(1),

@@ -101,12 +101,16 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     picture.load()
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return on_white(picture.convert("RGBA"))
     if picture.mode.startswith("I"):  # Pillow would clip at 255
         high = np.asarray(picture).astype(np.int64) >> 8
         return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
     return picture.convert("RGB")
+
+
+def on_white(rgba: Image.Image) -> Image.Image:
+    """An RGBA picture in RGB, white where it is transparent."""
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def crop(picture: Image.Image, size: int) -> np.ndarray:

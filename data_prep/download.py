@@ -60,9 +60,13 @@ async def download(
         ) as session:
             try:
                 await run.work(Fetcher(session, Hosts(concurrency, per_host, limits.seconds), limits), concurrency)
-            finally:
-                summary = run.summary()
-                write_json(out / FOLDER / "summary.json", summary)
+            except DiskError:  # it has no room for the summary either
+                raise
+            except BaseException:
+                write_json(out / FOLDER / "summary.json", run.summary())
+                raise
+    summary = run.summary()
+    write_json(out / FOLDER / "summary.json", summary)
     return summary
 
 

@@ -71,7 +71,8 @@ class Fetcher:
                 await attempts.pause(error)
             except OSError as error:
                 if error.errno in _FULL_DISK:
-                    raise DiskError(f"{path}: {error.strerror}") from error
+                    told = "what is there is kept: see to the disk and run the same command again"
+                    raise DiskError(f"{path}: {error.strerror}; {told}") from error
                 raise DownloadError("cannot_write", f"{path}: {error.strerror}", final=True) from error
 
     async def _attempt(self, url: str, part: _Part, attempts: _Attempts) -> int:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fvlm.data.clip import in_memory
 from fvlm.data.errors import MediaError
 
 _REFERENCE = re.compile(r"(.+\.parquet)#row=(\d+)&column=([^&]+)&item=(\d+)", re.DOTALL)
@@ -38,7 +38,7 @@ class PackedMedia:
 
     @contextmanager
     def file(self, media: str) -> Iterator[str]:
-        """A path to read a medium from: its own, or that of a copy for as long as the context lasts.
+        """A path to read a medium from: its own, or that of a copy in memory for as long as the context lasts.
 
         Raises MediaError `missing_file`, `broken_parquet`, `missing_bytes` or `too_large`; one raised inside names the
         reference in the place of the copy.
@@ -47,13 +47,8 @@ class PackedMedia:
         if place is None:
             yield media
             return
-        with NamedTemporaryFile(prefix="fvlm-") as copy:
-            copy.write(self._bytes(media, *place.groups()))
-            copy.flush()
-            try:
-                yield copy.name
-            except MediaError as error:
-                raise MediaError(error.reason, error.detail.replace(copy.name, media)) from error
+        with in_memory(self._bytes(media, *place.groups()), media) as path:
+            yield str(path)
 
     def _bytes(self, media: str, file: str, row: str, column: str, item: str) -> bytes:
         if not Path(file).is_file():

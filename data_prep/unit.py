@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from data_prep.sources import Row
 from fvlm.data.chat import load_tokenizer
 from fvlm.data.errors import MediaError, SampleError
 from fvlm.data.shard import ShardWriter
-from fvlm.data.shard_index import fingerprint
-from fvlm.data.video import encode_jpeg, read_media
+from fvlm.data.shard_index import complete, fingerprint
+from fvlm.data.video import Media, encode_jpeg, read_media
 
 RECORDS = ".prepare"  # folder of the records, inside the output folder
+READING = ".reading-"  # begins the names of files there that say what a task is reading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,21 +71,32 @@ def finished(job: Job, unit: Unit) -> dict | None:
     return record if complete else None
 
 
-def write_unit(job: Job, unit: Unit, lost: dict[str, str], report: Callable[[int, str], None]) -> dict:
+def write_unit(job: Job, unit: Unit, lost: dict[str, str], report: Callable[[int, str | None], None]) -> dict:
     """Write the shard of a unit and its record, which is returned.
 
     `lost` maps files not to be touched to the reason (they brought a process down before). `report` is called with the
-    number of rows done and the file that is about to be read.
+    number of rows done and the file that is about to be read, or None where what follows is no file's doing. Raises
+    OSError, with the file that could not be written.
     """
+    try:
+        record = _write_shard(job, unit, lost, report)
+        write_json(unit.record(job), record)
+    except OSError as error:
+        error.filename = error.filename or str(unit.tar(job))  # a write that fails does not say of which file
+        raise
+    return record
+
+
+def _write_shard(job: Job, unit: Unit, lost: dict[str, str], report: Callable[[int, str | None], None]) -> dict:
     record = {"samples": 0, "frames": 0, "by_source": {}, "by_kind": {}, "skipped": [], "warnings": []}
     by_source, by_kind = Counter(), Counter()
-    reader = _MediaReader(job, lost)
+    reader = _MediaReader(job, lost, report)
     with ShardWriter(job.out, _tokenizer(job.tokenizer), len(unit.rows) + 1, first_shard=unit.number) as writer:
         for done, row in enumerate(unit.rows):
             try:
                 if row.refused:
                     raise SampleError(*row.refused)
-                kind, duration, jpegs = reader.read(row, lambda file, done=done: report(done, file))
+                kind, duration, jpegs = reader.read(done, row)
                 meta = {"key": row.key, "kind": kind, "duration": duration, "frame_count": len(jpegs)} | row.meta
                 _check_frames(meta)
                 writer.write(meta, jpegs)
@@ -98,10 +109,16 @@ def write_unit(job: Job, unit: Unit, lost: dict[str, str], report: Callable[[int
             record["samples"] += 1
             record["frames"] += len(jpegs)
             record["warnings"] += [{"key": row.key, **warning} for warning in reader.warnings]
+        report(len(unit.rows), None)
         tar = writer.close()
-    record |= {"by_source": dict(by_source), "by_kind": dict(by_kind), "fingerprint": fingerprint(tar) if tar else None}
-    write_json(unit.record(job), record)
-    return record
+    if tar is None:  # a run that was killed may have found samples, and since then their files are gone
+        for file in (unit.tar(job), unit.tar(job).with_suffix(".idx")):
+            file.unlink(missing_ok=True)
+    return record | {
+        "by_source": dict(by_source),
+        "by_kind": dict(by_kind),
+        "fingerprint": fingerprint(tar) if tar else None,
+    }
 
 
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
@@ -110,31 +127,39 @@ _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 class _MediaReader:
     """Reads the media of rows; rows in a row that share them share the work."""
 
-    def __init__(self, job: Job, lost: dict[str, str]):
+    def __init__(self, job: Job, lost: dict[str, str], report: Callable[[int, str | None], None]):
         self._job, self._lost, self._packed = job, lost, PackedMedia()
+        self._report, self._told = report, None
         self._media: tuple[str, ...] | None = None
         self._outcome: tuple | MediaError | None = None
         self.warnings: list[dict] = []
         """What was wrong with files of the last row that could be read all the same: file, detail."""
 
-    def read(self, row: Row, announce: Callable[[str], None]) -> tuple[str, float, list[bytes]]:
-        """(kind, duration in seconds, JPEG frames). Raises MediaError, with the file as its `file`."""
+    def read(self, done: int, row: Row) -> tuple[str, float, list[bytes]]:
+        """(kind, duration in seconds, JPEG frames) of row `done`. Raises MediaError, with the file as its `file`."""
         if self._media != row.media:
             self.warnings = []
-            self._media, self._outcome = row.media, self._read(row.media, announce)
+            self._media, self._outcome = row.media, self._read(done, row.media)
+        else:
+            self._tell(done, None)
         if isinstance(self._outcome, MediaError):
             raise self._outcome
         return self._outcome
 
-    def _read(self, files: tuple[str, ...], announce: Callable[[str], None]) -> tuple | MediaError:
+    def _tell(self, done: int, file: str | None) -> None:
+        """A file is responsible for what happens until the next is read, or a row comes that reads none."""
+        if file is not None or self._told is not None:
+            self._report(done, file)
+        self._told = file
+
+    def _read(self, done: int, files: tuple[str, ...]) -> tuple | MediaError:
         jpegs, kind, duration = [], "text", 0.0
+        if not files:
+            self._tell(done, None)
         for file in files:
-            announce(file)
             try:
-                if file in self._lost:
-                    raise MediaError(self._lost[file], f"{file}: reading it took the process down")
-                with self._packed.file(file) as path:
-                    media = read_media(path, self._job.size, self._job.max_frames)
+                self._tell(done, None if file in self._lost else file)
+                media = self._decode(file)
                 if len(files) > 1 and media.kind == "video":
                     raise MediaError("video_among_several", f"{file}: a list of media may hold stills only")
             except MediaError as error:
@@ -144,6 +169,15 @@ class _MediaReader:
             jpegs += [encode_jpeg(frame) for frame in media.frames]
             self.warnings += [{"file": file, "detail": warning} for warning in media.warnings]
         return kind, duration, jpegs
+
+    def _decode(self, file: str) -> Media:
+        if file in self._lost:
+            raise MediaError(self._lost[file], f"{file}: reading it took the process down")
+        try:
+            with self._packed.file(file) as path:
+                return read_media(path, self._job.size, self._job.max_frames)
+        except MemoryError as error:
+            raise MediaError("out_of_memory", f"{file}: there is too little memory to read it") from error
 
 
 def _check_frames(meta: dict) -> None:
@@ -155,6 +189,5 @@ def _check_frames(meta: dict) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    with complete(path) as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -24,19 +24,13 @@ __all__ = ["SOURCES", "FolderSource", "PublishedSource", "Row", "licences", "ope
 
 
 def open_source(
-    name: str,
-    folder: Path | None,
-    manifest: Path | None = None,
-    media: Path | None = None,
-    varied_prompts: bool = False,
+    name: str, folder: Path | None, manifest: Path | None = None, media: Path | None = None
 ) -> FolderSource | PublishedSource:
     """The source `name`, with its annotation files in `folder` (or only `manifest`) and its media in `media`.
 
     Raises FileNotFoundError if the files are not there.
     """
-    if name == FolderSource.NAME:
-        return FolderSource(folder, manifest, media)
-    return SOURCES[name](folder, manifest, media, varied_prompts)
+    return SOURCES[name](folder, manifest, media)
 
 
 def licences(names: list[str]) -> dict[str, dict[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -14,6 +13,7 @@ from data_prep.packed import reference
 from data_prep.sources.conversation import as_text
 from data_prep.sources.files import Record, count_records, digest_files, read_records
 from data_prep.sources.row import Row, check_text, clean_key
+from fvlm.data.chat import SOURCE_PROMPTS
 from fvlm.data.errors import SampleError
 
 
@@ -29,7 +29,7 @@ class PublishedSource:
     """Rows of a data set as it is published, in the files of `folder`, media in `media` (default: the same folder).
 
     `manifest` names one annotation file (inside the folder or by its own path) instead of all that are published.
-    `varied_prompts`: captions, which come without a question, get one of PROMPTS by a hash of their key, not the first.
+    Captions, which come without a question, are asked for with the source's prompt.
     Raises FileNotFoundError if there is no such file.
     """
 
@@ -44,22 +44,13 @@ class PublishedSource:
     """Of parquet files: what to read."""
     ID: ClassVar[str] = ""
     """The field that names a row, where there is one; it becomes a part of the key."""
-    PROMPTS: ClassVar[tuple[str, ...]] = ()
-    """User texts for captions; the first is the one that the model's own recipe asks with."""
     VERSION: ClassVar[int] = 1
     """To be raised when the same files are to give other rows: shards made before are then not continued."""
 
-    def __init__(
-        self,
-        folder: Path | None,
-        manifest: Path | None = None,
-        media: Path | None = None,
-        varied_prompts: bool = False,
-    ):
+    def __init__(self, folder: Path | None, manifest: Path | None = None, media: Path | None = None):
         self.folder = Path(folder) if folder else manifest.parent
         self.media = Path(media) if media else self.folder
         self.files = self._find(manifest)
-        self._varied = varied_prompts
 
     def _find(self, manifest: Path | None) -> list[Path]:
         if manifest:
@@ -75,7 +66,7 @@ class PublishedSource:
 
     def digest(self) -> str:
         """Changes when the rows do (16 hex digits)."""
-        made_by = [self.NAME, self.VERSION, self._varied, self.PROMPTS, digest_files(self.files, self.folder)]
+        made_by = [self.NAME, self.VERSION, SOURCE_PROMPTS.get(self.NAME), digest_files(self.files, self.folder)]
         return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
 
     def count(self) -> int:
@@ -111,11 +102,8 @@ class PublishedSource:
             check_text(meta)
         except SampleError as error:
             return Row(key, refused=(error.reason, f"{record.file}, {record.where}: {error.detail}"))
-        user = {"user": self._prompt(key)} if self.PROMPTS else {}
+        user = {"user": SOURCE_PROMPTS[self.NAME]} if self.NAME in SOURCE_PROMPTS else {}
         return Row(key, media, {"source": self.NAME} | user | meta, urls=urls)
-
-    def _prompt(self, key: str) -> str:
-        return self.PROMPTS[zlib.crc32(key.encode()) % len(self.PROMPTS) if self._varied else 0]
 
     def text(self, record: Record, name: str) -> str:
         """A string field. Raises SampleError, with the fields there are if there is none of this name."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from data_prep.sources.base import PublishedSource, Sample
 from data_prep.sources.files import Record
-from fvlm.data.chat import SOURCE_PROMPTS
 
 
 class OpenVid(PublishedSource):
@@ -23,12 +22,6 @@ class OpenVid(PublishedSource):
     HOMEPAGE = "https://huggingface.co/datasets/nkp37/OpenVid-1M"
     FILES = ("OpenVid-1M.csv", "data/train/OpenVid-1M.csv")
     ID = "video"
-    PROMPTS = (
-        SOURCE_PROMPTS["openvid"],
-        "Describe this video in a few sentences.",
-        "What is shown in this video?",
-        "Give a short description of this clip.",
-    )
 
     def sample(self, record: Record) -> Sample:
         video = self.text(record, "video")

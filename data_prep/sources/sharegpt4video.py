@@ -10,7 +10,6 @@ from __future__ import annotations
 from data_prep.sources.base import PublishedSource, Sample
 from data_prep.sources.conversation import as_text
 from data_prep.sources.files import Record
-from fvlm.data.chat import SOURCE_PROMPTS
 from fvlm.data.errors import SampleError
 
 
@@ -26,12 +25,6 @@ class ShareGPT4Video(PublishedSource):
     HOMEPAGE = "https://huggingface.co/datasets/ShareGPT4Video/ShareGPT4Video"
     FILES = ("sharegpt4video_40k.jsonl",)
     ID = "video_id"
-    PROMPTS = (
-        SOURCE_PROMPTS["sharegpt4video"],
-        "Give a detailed account of this video.",
-        "What happens in this video, from beginning to end?",
-        "Describe this video as fully as you can.",
-    )
 
     def sample(self, record: Record) -> Sample:
         captions = record.fields.get("captions")

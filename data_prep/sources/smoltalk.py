@@ -2,7 +2,9 @@
 
 `data/all/train-*.parquet`: messages, a list of {role, content}, and source, the subset's name. The folders beside `all`
 hold the same rows by subset (without `source`; other columns differ), and are read only where `all` is not there.
-Subsets such as systemchats and smol-summarize give each chat a system message, which moves into the first user text.
+Rows of the subset whose name says that it holds chains of thought (numina-cot-100k) are tagged `chain_of_thought` too,
+beside the subset's name; the files mark no others. Subsets such as systemchats and smol-summarize give each chat a
+system message, which moves into the first user text.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 from data_prep.sources.base import PublishedSource, Sample
 from data_prep.sources.conversation import conversation
 from data_prep.sources.files import Record
+
+CHAINS_OF_THOUGHT = ("numina-cot-100k",)
 
 
 class SmolTalk(PublishedSource):
@@ -21,9 +25,12 @@ class SmolTalk(PublishedSource):
     HOMEPAGE = "https://huggingface.co/datasets/HuggingFaceTB/smoltalk"
     FILES = ("data/all/train-*.parquet", "data/*/train-*.parquet", "train-*.parquet")
     COLUMNS = ("messages", "source")
+    VERSION = 2
 
     def sample(self, record: Record) -> Sample:
         roles = {"user": "user", "assistant": "assistant", "system": "system"}
         chat = conversation(record.fields.get("messages"), "role", "content", roles)
         subset = record.fields.get("source") or self.subset(record)
-        return Sample((), chat | ({"tags": [subset]} if isinstance(subset, str) and subset else {}))
+        tags = [subset] if isinstance(subset, str) and subset else []
+        tags += ["chain_of_thought"] if subset in CHAINS_OF_THOUGHT else []
+        return Sample((), chat | ({"tags": tags} if tags else {}))

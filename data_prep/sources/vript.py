@@ -15,7 +15,6 @@ from dataclasses import replace
 from data_prep.sources.base import PublishedSource, Sample
 from data_prep.sources.conversation import as_text
 from data_prep.sources.files import Record
-from fvlm.data.chat import SOURCE_PROMPTS
 from fvlm.data.errors import SampleError
 
 
@@ -28,12 +27,6 @@ class Vript(PublishedSource):
     HOMEPAGE = "https://github.com/mutonix/Vript"
     FILES = ("vript_captions/*_captions.jsonl", "*_captions.jsonl", "**/*_caption.json")
     ID = "clip_id"
-    PROMPTS = (
-        SOURCE_PROMPTS["vript"],
-        "Describe this scene in detail.",
-        "Tell what happens in this scene, shot by shot.",
-        "Write a detailed description of this clip.",
-    )
 
     def count(self) -> int:
         return sum(1 for _ in self.rows())  # a file of one video holds many scenes

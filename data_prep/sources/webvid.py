@@ -11,7 +11,6 @@ from __future__ import annotations
 from data_prep.sources.base import PublishedSource, Sample
 from data_prep.sources.conversation import as_text
 from data_prep.sources.files import Record
-from fvlm.data.chat import SOURCE_PROMPTS
 
 
 class WebVid(PublishedSource):
@@ -23,12 +22,6 @@ class WebVid(PublishedSource):
     HOMEPAGE = "https://github.com/m-bain/webvid"
     FILES = ("results_*_train.csv", "data/train/partitions/*.csv", "*.csv")
     ID = "videoid"
-    PROMPTS = (
-        SOURCE_PROMPTS["webvid"],
-        "Give this clip a short title.",
-        "Caption this video in one sentence.",
-        "What does this clip show, in a few words?",
-    )
 
     def sample(self, record: Record) -> Sample:
         video = self.text(record, "videoid")

@@ -55,6 +55,10 @@ class TextCounts:
     """Answer tokens of the narrated layout, the end-of-turn included."""
     narrated_tail: int
     """Text tokens after the last visual token of the narrated layout."""
+    rejected_tokens: int = 0
+    """All text tokens of a preference pair's chat with the rejected answer; the others are with the chosen one."""
+    rejected_answer: int = 0
+    """Answer tokens of that chat; 0 where there is no pair."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -91,6 +95,12 @@ def text_counts(meta: Mapping, tokenizer: PreTrainedTokenizerBase) -> TextCounts
     tokens = sum(part.token_ids.size for part in texts)
     answer = sum(int(part.is_answer.sum()) for part in texts)
     head = texts[0].token_ids.size if len(texts) == 2 else 0
+    if "rejected" in meta:
+        other = [
+            part for part in segments(meta, tokenizer, Layout.VIDEO_FIRST, answer="rejected") if isinstance(part, Text)
+        ]
+        rejected = (sum(part.token_ids.size for part in other), sum(int(part.is_answer.sum()) for part in other))
+        return TextCounts(tokens, head, answer, 0, 0, 0, *rejected)
     if not has_narration(meta):
         return TextCounts(tokens, head, answer, 0, 0, 0)
     narrated = segments(meta, tokenizer, Layout.NARRATED)

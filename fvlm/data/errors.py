@@ -20,3 +20,7 @@ class SampleError(_Reasoned):
 
 class MediaError(_Reasoned):
     """A media file that cannot be read."""
+
+
+class ShardError(_Reasoned):
+    """A shard that cannot be read, or not to its end."""

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
 import os
-import re
-import tarfile
+import socket
+import struct
 import zipfile
 import zlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fvlm.data.chat import TextCounts, text_counts, tokenizer_hash
-from fvlm.data.errors import SampleError
+from fvlm.data.chat import TextCounts, tokenizer_hash
+from fvlm.data.content import checksum, content_hash
+from fvlm.data.scan import scan_tar
+from fvlm.data.shard_rows import KINDS, IndexRow, index_rows, sample_tags
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-KINDS = ("video", "image", "images", "text")
-"""What a sample shows: `kind` columns hold positions in this tuple."""
-_FRAME = re.compile(r"(.+)[._](\d{3,})")
-_MEDIA = (".mp4", ".webm", ".mkv", ".mov", ".avi")
-
-
-class IndexRow(NamedTuple):
-    """One sample of a shard; offsets and sizes are bytes in the tar."""
-
-    key: str
-    meta: Mapping
-    kind: str
-    counts: TextCounts
-    json: tuple[int, int]
-    frames: list[tuple[int, int]]
+VERSION = 4
+_MALFORMED = (  # what numpy and zipfile let through when a file is not what it says
+    OSError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +63,38 @@ class ShardIndex:
     duration: np.ndarray
     """float32 [n], seconds; 0 where there is none."""
     tokens: np.ndarray
-    """int32 [n], and the next five: see `fvlm.data.chat.TextCounts`."""
+    """int32 [n], and the next seven: see `fvlm.data.chat.TextCounts`."""
     head: np.ndarray
     answer: np.ndarray
     narrated_tokens: np.ndarray
     narrated_answer: np.ndarray
     narrated_tail: np.ndarray
+    rejected_tokens: np.ndarray
+    rejected_answer: np.ndarray
+    tag_sets: tuple[tuple[str, ...], ...]
+    """The combinations of tags that occur, each sorted."""
+    tag_set: np.ndarray
+    """int32 [n]: position in `tag_sets`."""
+    content: np.ndarray
+    """uint64 [n]: hash of what the sample shows and says (`fvlm.data.content`)."""
+    checksum: np.ndarray
+    """uint32 [n]: of the bytes of metadata and frames."""
     json_offset: np.ndarray
     """int64 [n]: where the metadata begins, in bytes."""
     json_size: np.ndarray
     """int32 [n], bytes."""
+    from_video: np.ndarray
+    """bool [n]: whether the frames are those of a whole video, one member."""
+    text_offset: np.ndarray
+    """int64 [n]: where a whole video's text begins, in bytes."""
+    text_size: np.ndarray
+    """int32 [n], bytes; 0 where there is none."""
     first_frame: np.ndarray
-    """int64 [n + 1]: sample i has frames first_frame[i] : first_frame[i + 1] of the next two."""
+    """int64 [n + 1]: sample i has members first_frame[i] : first_frame[i + 1] of the next two: frames, or a video."""
     frame_offset: np.ndarray
-    """int64 [all frames], bytes."""
+    """int64 [all frames and whole videos], bytes."""
     frame_size: np.ndarray
-    """int32 [all frames], bytes."""
+    """int32 [all frames and whole videos], bytes."""
     tokenizer_hash: str
     """Of the tokenizer that counted."""
     tar_fingerprint: str
@@ -87,21 +108,31 @@ class ShardIndex:
         """Columns from samples."""
         sources = [str(row.meta.get("source") or "unknown") for row in rows]
         names = tuple(sorted(set(sources)))
-        frames = np.array([frame for row in rows for frame in row.frames], np.int64).reshape(-1, 2)
-        places = np.array([row.json for row in rows], np.int64).reshape(-1, 2)
+        frames = np.array([frame[:2] for row in rows for frame in row.frames], np.int64).reshape(-1, 2)
+        places = np.array([row.json[:2] for row in rows], np.int64).reshape(-1, 2)
+        texts = np.array([row.text[:2] for row in rows], np.int64).reshape(-1, 2)
         counts = np.array([astuple(row.counts) for row in rows], np.int32).reshape(-1, len(fields(TextCounts)))
-        num_frames = np.array([len(row.frames) for row in rows], np.int32)
+        tags = [sample_tags(row.meta) for row in rows]
+        tag_sets = tuple(sorted(set(tags)))
+        tag_numbers = {each: number for number, each in enumerate(tag_sets)}
         return cls(
             keys=np.array([row.key for row in rows], np.str_),
             source_names=names,
             source=np.array([names.index(source) for source in sources], np.int16),
             kind=np.array([KINDS.index(row.kind) for row in rows], np.uint8),
-            num_frames=num_frames,
+            num_frames=np.array([row.num_frames for row in rows], np.int32),
             duration=np.array([_seconds(row.meta) for row in rows], np.float32),
             **{field.name: counts[:, i] for i, field in enumerate(fields(TextCounts))},
+            tag_sets=tag_sets,
+            tag_set=np.array([tag_numbers[each] for each in tags], np.int32),
+            content=np.array([content_hash(row.meta, row.frames) for row in rows], np.uint64),
+            checksum=np.array([checksum(row.crcs) for row in rows], np.uint32),
             json_offset=places[:, 0],
             json_size=places[:, 1].astype(np.int32),
-            first_frame=np.concatenate([[0], np.cumsum(num_frames)]).astype(np.int64),
+            from_video=np.array([row.from_video is not None for row in rows], np.bool_),
+            text_offset=texts[:, 0],
+            text_size=texts[:, 1].astype(np.int32),
+            first_frame=np.cumsum([0, *(len(row.frames) for row in rows)], dtype=np.int64),
             frame_offset=frames[:, 0],
             frame_size=frames[:, 1].astype(np.int32),
             tokenizer_hash=tokenizer_hash,
@@ -110,25 +141,70 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         """Write the index, complete or not at all."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        file = open(temporary, "wb")  # noqa: SIM115  publish closes it
-        np.savez(file, version=np.int64(VERSION), **{field.name: getattr(self, field.name) for field in fields(self)})
-        publish(file, temporary, path)
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns["tag_sets"] = json.dumps(self.tag_sets)  # an array of strings is as wide as its longest, everywhere
+        with complete(path) as file:
+            np.savez(file, version=np.int64(VERSION), **columns)
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
         """Read an index. Raises ValueError if the file is not one of this version."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                if int(stored["version"]) != VERSION:
-                    raise ValueError(f"version {int(stored['version'])}, expected {VERSION}")
-                columns = {field.name: stored[field.name] for field in fields(cls)}
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            stored = _stored_arrays(Path(path).read_bytes())
+            if int(stored["version"]) != VERSION:
+                raise ValueError(f"it has version {int(stored['version'])}, expected {VERSION}")
+            columns = {field.name: stored[field.name] for field in fields(cls)}
+            columns["source_names"] = tuple(columns["source_names"].tolist())
+            columns["tag_sets"] = tuple(map(tuple, json.loads(str(columns["tag_sets"]))))
+            for name in ("tokenizer_hash", "tar_fingerprint"):
+                columns[name] = str(columns[name])
+            index = cls(**columns)
+            if not index._is_consistent():
+                raise ValueError("its columns do not fit each other")
+        except _MALFORMED as error:
             raise ValueError(f"{path} is not a readable index: {error}") from error
-        columns["source_names"] = tuple(columns["source_names"].tolist())
-        for name in ("tokenizer_hash", "tar_fingerprint"):
-            columns[name] = str(columns[name])
-        return cls(**columns)
+        return index
+
+    def _is_consistent(self) -> bool:
+        n, others = len(self.keys), ("source_names", "tag_sets", "first_frame", "frame_offset", "frame_size")
+        columns = [getattr(self, each.name) for each in fields(self) if each.name not in others]
+        if any(column.shape != (n,) for column in columns if isinstance(column, np.ndarray)):
+            return False
+        return (
+            self.first_frame.shape == (n + 1,)
+            and self.frame_offset.shape == self.frame_size.shape == (self.first_frame[-1],)
+            and np.array_equal(np.diff(self.first_frame), np.where(self.from_video, 1, self.num_frames))
+            and (self.source < len(self.source_names)).all()
+            and (self.kind < len(KINDS)).all()
+            and (self.tag_set < len(self.tag_sets)).all()
+        )
+
+
+def _stored_arrays(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an uncompressed `.npz` file, each compared with its CRC: as `np.load`, in a fifth of the time."""
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for member in archive.infolist():
+            name_size, extra_size = struct.unpack_from("<HH", content, member.header_offset + 26)
+            start = member.header_offset + 30 + name_size + extra_size
+            stored = memoryview(content)[start : start + member.file_size]
+            if member.compress_type != zipfile.ZIP_STORED or zlib.crc32(stored) != member.CRC:
+                raise ValueError(f"{member.filename} in it is damaged or compressed")
+            if stored[:8] != b"\x93NUMPY\x01\x00":
+                raise ValueError(f"{member.filename} in it is no array")
+            first = 10 + int.from_bytes(stored[8:10], "little")
+            shape, dtype = _array_header(bytes(stored[8:first]))
+            arrays[member.filename.removesuffix(".npy")] = np.ndarray(shape, dtype, stored, first).copy()
+    return arrays
+
+
+@lru_cache(1024)
+def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and data type; indexes repeat each other's headers."""
+    shape, _, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    return shape, dtype
 
 
 def load_index(
@@ -139,10 +215,20 @@ def load_index(
     An index fits if it is of this tar (size and both ends compared) and was counted with this tokenizer. Raises
     FileNotFoundError without a tar, ValueError if an index would have to be built and there is no `cache_dir`.
     """
+    return find_index(tar_path, tokenizer, cache_dir)[1]
+
+
+def find_index(
+    tar_path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | Path | None = None,
+    counted_with: str | None = None,
+) -> tuple[Path, ShardIndex]:
+    """`load_index`, with the file that holds it; `counted_with` is the tokenizer's hash, where it is known already."""
     tar_path = Path(tar_path)
     if not tar_path.is_file():
         raise FileNotFoundError(f"shard {tar_path} does not exist")
-    expected = (tokenizer_hash(tokenizer), fingerprint(tar_path))
+    expected = (counted_with or tokenizer_hash(tokenizer), fingerprint(tar_path))
     candidates = [tar_path.with_suffix(".idx")]
     if cache_dir is not None:
         unique = zlib.crc32(str(tar_path.resolve()).encode())
@@ -151,18 +237,18 @@ def load_index(
     for path in candidates:
         index, reason = _fitting(path, expected)
         if index is not None:
-            return index
+            return path, index
         reasons.append(reason)
     if cache_dir is None:
         raise ValueError(
             f"shard {tar_path} has no usable index: {reasons[0]}; name a folder to build indexes in "
-            f"(data.cache_dir of a run, --cache-dir of launch/evaluate.py)"
+            f"(data.cache_dir of a run, --cache-dir of the other commands)"
         )
     logger.warning("building the index of %s in %s: %s", tar_path, cache_dir, reasons[0])
     index = build_index(tar_path, tokenizer)
     candidates[-1].parent.mkdir(parents=True, exist_ok=True)
     index.save(candidates[-1])
-    return index
+    return candidates[-1], index
 
 
 def _fitting(path: Path, expected: tuple[str, str]) -> tuple[ShardIndex | None, str]:
@@ -179,68 +265,34 @@ def _fitting(path: Path, expected: tuple[str, str]) -> tuple[ShardIndex | None, 
     return index, ""
 
 
-def build_index(tar_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> ShardIndex:
+def build_index(tar_path: str | Path, tokenizer: PreTrainedTokenizerBase, folder: str | None = None) -> ShardIndex:
     """Index a tar by reading it through. Samples that cannot be used are left out and logged with key and reason.
 
-    Frames are `{key}.000.jpg`, `{key}_000.jpg` or one `{key}.jpg`; metadata is `{key}.json`. Raises ValueError for a
-    tar of whole videos.
+    `folder` is the name of the tar's, where it is here under another. Raises ShardError for a file that is no tar.
     """
     tar_path = Path(tar_path)
-    places, metas = _members(tar_path)
-    frames = defaultdict(dict)
-    for stem, place in places.items():
-        numbered = _FRAME.fullmatch(stem)
-        key, number = (stem, 0) if stem in metas or not numbered else (numbered[1], int(numbered[2]))
-        frames[key][number] = place
-    rows = []
-    for key, (place, content) in metas.items():
-        try:
-            rows.append(_index_row(key, place, content, frames.get(key, {}), tokenizer))
-        except SampleError as error:
-            logger.warning("%s, %s: left out: %s", tar_path, key, error)
+    folder = tar_path.resolve().parent.name if folder is None else folder
+
+    def report(name: str, reason: str, detail: str) -> None:
+        logger.warning("%s, %s: left out: %s: %s", tar_path, name or "what follows", reason, detail)
+
+    scan = scan_tar(tar_path, report, videos=True)
+    if scan.videos:
+        _say_slow(folder)
+    if scan.orphans:
+        report(scan.orphans[0], "unclaimed_member", f"{len(scan.orphans)} members belong to no sample, this is one")
+    rows = index_rows(scan, tokenizer, report, folder)
     return ShardIndex.from_rows(rows, tokenizer_hash(tokenizer), fingerprint(tar_path))
 
 
-def _members(tar_path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[tuple[int, int], bytes]]]:
-    """(offset, size) of every JPEG by stem; the same and the content of every JSON."""
-    pictures, metas = {}, {}
-    size = tar_path.stat().st_size
-    with tarfile.open(tar_path, "r:") as tar:
-        try:
-            for member in tar:
-                stem, extension = os.path.splitext(member.name)
-                place = (member.offset_data, member.size)
-                if not member.isfile() or sum(place) > size:
-                    continue
-                if extension.lower() in _MEDIA:
-                    raise ValueError(
-                        f"{tar_path} holds videos ({member.name}); prepare them into shards of frames first"
-                    )
-                if extension == ".json":
-                    metas[stem] = (place, tar.extractfile(member).read())
-                elif extension.lower() in (".jpg", ".jpeg"):
-                    pictures[stem] = place
-        except tarfile.TarError as error:
-            logger.warning("%s is damaged, what follows is left out: %s", tar_path, error)
-    return pictures, metas
-
-
-def _index_row(key: str, place: tuple[int, int], content: bytes, frames: dict[int, tuple], tokenizer) -> IndexRow:
-    try:
-        meta = json.loads(content)
-    except ValueError as error:
-        raise SampleError("bad_json", str(error)) from error
-    if not isinstance(meta, dict):
-        raise SampleError("bad_json", "expected an object of fields")
-    first = min(frames, default=0)  # some pipelines count frames from 1
-    count = meta.get("frame_count", len(frames))
-    if sorted(frames) != list(range(first, first + len(frames))) or count != len(frames):
-        raise SampleError("missing_frames", f"frames {sorted(frames)}, expected {count}")
-    kind = meta.get("kind")
-    if kind not in KINDS:
-        kind = "text" if not frames else "image" if len(frames) == 1 and not meta.get("duration") else "video"
-    counts = text_counts(meta | {"kind": kind, "frame_count": len(frames)}, tokenizer)
-    return IndexRow(key, meta, kind, counts, place, [frames[i] for i in sorted(frames)])
+@cache
+def _say_slow(folder: str) -> None:
+    """Once, not for every tar."""
+    logger.warning(
+        "%s holds whole videos, which are decoded whenever they are read: shards that data_prep.prepare makes of them "
+        "are read faster",
+        folder,
+    )
 
 
 def fingerprint(tar_path: Path) -> str:
@@ -250,6 +302,23 @@ def fingerprint(tar_path: Path) -> str:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 65536))  # reaches beyond the padding that ends a tar
         return f"{size}-{zlib.crc32(file.read(), zlib.crc32(head)):08x}"
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it gets its name: used by this process on this machine alone."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name when the block ends: whole and on disk, or not at all."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            publish(file, temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def publish(file: BinaryIO, temporary: Path, path: Path) -> None:
@@ -262,4 +331,8 @@ def publish(file: BinaryIO, temporary: Path, path: Path) -> None:
 
 def _seconds(meta: Mapping) -> float:
     duration = meta.get("duration")
-    return float(duration) if isinstance(duration, (int, float)) else 0.0
+    try:
+        seconds = float(duration) if isinstance(duration, (int, float)) else 0.0
+    except OverflowError:  # an integer of hundreds of digits
+        return 0.0
+    return seconds if math.isfinite(seconds) and abs(seconds) < 1e9 else 0.0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import webdataset
 from fvlm.data.chat import load_tokenizer, text_counts, tokenizer_hash
 from fvlm.data.errors import SampleError
 from fvlm.data.shard import KINDS, ShardIndex, ShardReader, ShardWriter, build_index, find_shards, load_index
+from fvlm.data.shard_index import VERSION
 from fvlm.data.video import encode_jpeg
 
 
@@ -87,6 +89,46 @@ def test_index_agrees_with_tarfile_and_the_tokenizer(tmp_path, tokenizer):
         "tokens": np.int32,
         "json_offset": np.int64,
     }
+
+
+def test_the_format_is_what_it_was(tmp_path, tokenizer):
+    """Shards out there must come out the same when preparation is repeated: index versions come and go, tars stay."""
+    with ShardWriter(tmp_path, tokenizer) as writer:
+        for i in range(3):
+            meta = {"key": f"k{i}", "source": "s", "kind": "video" if i else "text", "duration": 1.5 * i}
+            meta |= {"frame_count": i, "user": "Qué?", "assistant": "a"}
+            writer.write(meta, [bytes([i]) * 700 * j for j in range(1, i + 1)])
+    digest = hashlib.sha256((tmp_path / "shard-000000.tar").read_bytes()).hexdigest()
+    assert digest == "0eb16250af02dafd31599890d14ad64ca3c4930c04960ae727fb02727ac77a1c"
+
+
+def contents(folder: Path, tokenizer, made) -> list[int]:
+    [path] = write(folder, tokenizer, made)
+    return load_index(path, tokenizer).content.tolist()
+
+
+def test_content_is_what_is_shown_and_said(tmp_path, tokenizer):
+    meta, jpegs = {**samples(1)[0][0], "kind": "video", "frame_count": 2, "narration": [" a", ""]}, samples(3)[2][1][:2]
+    same = [
+        {"key": "b", "source": "elsewhere", "duration": 9.0, "tags": ["x"]},
+        {"key": "c", "user": "", "assistant": "", "turns": [{"user": meta["user"], "assistant": meta["assistant"]}]},
+    ]
+    other = [
+        {"assistant": meta["assistant"] + "s"},
+        {"user": "Which form is it?"},
+        {"narration": ["", " a"]},
+        {"chosen": "ring", "rejected": "bar"},
+        {"chosen": "ring", "rejected": "moon"},
+        {"turns": [{"user": meta["user"], "assistant": meta["assistant"]}] * 2},
+    ]
+    varied = [meta, *(meta | change for change in same), *(meta | change for change in other)]
+    made = [(each | {"key": f"k{i}"}, jpegs) for i, each in enumerate(varied)]
+    made += [(meta | {"key": "swapped"}, jpegs[::-1])]
+    made += [(meta | {"key": "cut", "frame_count": 1, "narration": [" a"]}, jpegs[:1])]
+    made += [(meta | {"key": "joined", "frame_count": 1, "narration": [" a"]}, [b"".join(jpegs)])]
+    found = contents(tmp_path, tokenizer, made)
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[2:])) == len(found) - 2
 
 
 def test_webdataset_reads_the_shards(tmp_path, tokenizer):
@@ -182,6 +224,36 @@ def test_index_is_rebuilt_for_another_tokenizer_or_another_tar(tmp_path, tokeniz
     assert ShardReader(path, index).read(0)[1] == made[0][1][::-1]
 
 
+def test_an_index_of_an_older_version_is_built_anew(tmp_path, tokenizer, caplog):
+    [path] = write(tmp_path, tokenizer, samples(6))
+    place = path.with_suffix(".idx")
+    with np.load(place) as stored:
+        old = {name: stored[name] for name in stored.files if name not in ("content", "checksum")}
+    with open(place, "wb") as file:
+        np.savez(file, **(old | {"version": np.int64(1)}))
+    with pytest.raises(ValueError, match=f"it has version 1, expected {VERSION}"):
+        load_index(path, tokenizer)
+    rebuilt = load_index(path, tokenizer, tmp_path / "cache")
+    assert "building the index" in caplog.text
+    assert f"version 1, expected {VERSION}" in caplog.text
+    assert len(rebuilt.content) == len(rebuilt.checksum) == 6
+
+
+def test_an_index_at_odds_with_itself_is_not_readable(tmp_path, tokenizer):
+    [path] = write(tmp_path, tokenizer, samples(6))
+    index = load_index(path, tokenizer)
+    for change in (
+        {"num_frames": index.num_frames + 1},
+        {"frame_size": index.frame_size[1:]},
+        {"source": index.source + 3},
+        {"content": index.content[:-1]},
+        {"first_frame": index.first_frame[1:]},
+    ):
+        replace(index, **change).save(path.with_suffix(".idx"))
+        with pytest.raises(ValueError, match="its columns do not fit each other"):
+            load_index(path, tokenizer)
+
+
 def test_a_built_index_equals_a_written_one(tmp_path, tokenizer):
     [path] = write(tmp_path, tokenizer, samples(20))
     assert columns(build_index(path, tokenizer)) == columns(load_index(path, tokenizer))
@@ -237,8 +309,6 @@ def test_published_layouts_read_as_they_are(tmp_path, tokenizer, caplog):
         "list": "bad_json",
     }.items():
         assert any(key in message and reason in message for message in caplog.messages), key
-    with pytest.raises(ValueError, match="holds videos"):
-        build_index(make_tar(tmp_path / "clips.tar", {"a.mp4": b"x", "a.txt": b"y"}), tokenizer)
 
 
 def test_a_cut_tar_is_indexed_as_far_as_it_goes(tmp_path, tokenizer):
@@ -252,6 +322,64 @@ def test_a_cut_tar_is_indexed_as_far_as_it_goes(tmp_path, tokenizer):
         ShardReader(path, whole).read(15)
     assert whole.keys[15] in caught.value.detail
     assert ShardReader(path, whole).read(3) == made[3]
+
+
+@pytest.mark.parametrize("where", ["a JSON", "a frame's middle", "a frame's last byte"])
+def test_a_flipped_bit_is_found_when_it_is_read(tmp_path, tokenizer, where):
+    made = samples(4)
+    [path] = write(tmp_path, tokenizer, made)
+    index = load_index(path, tokenizer)
+    at, size = (index.frame_offset[0], index.frame_size[0]) if "frame" in where else (
+        index.json_offset[0], index.json_size[0])  # fmt: skip
+    content = bytearray(path.read_bytes())
+    content[int(at + (size - 1 if "last" in where else size // 2))] ^= 1
+    path.write_bytes(content)
+    reader = ShardReader(path, index)
+    with pytest.raises(SampleError, match=rf"changed_bytes: .*{path.name}, {index.keys[0]}: not the bytes"):
+        reader.read(0)
+    assert [reader.read(row) for row in range(1, 4)] == made[1:]
+
+
+def test_damage_that_looks_like_the_end_of_a_tar_is_reported(tmp_path, tokenizer, caplog):
+    """tarfile takes a broken header, or no more bytes, for the end of the archive."""
+    [path] = write(tmp_path, tokenizer, samples(8))
+    whole, content = load_index(path, tokenizer), path.read_bytes()
+    header = int(whole.frame_offset[whole.first_frame[5]]) - 512
+    for damaged, reason in (
+        (content[:header] + bytes([content[header] ^ 1]) + content[header + 1 :], "damaged_tar"),
+        (content[:header] + bytes(512) + content[header + 512 :], "damaged_tar"),
+        (content[:header], "truncated_tar"),
+        (content[: header + 100], "truncated_tar"),
+        (content[: header + 600], "truncated_tar"),
+    ):
+        path.write_bytes(damaged)
+        caplog.clear()
+        assert build_index(path, tokenizer).keys.tolist() == whole.keys.tolist()[:5]
+        assert f"{path}, what follows: left out: {reason}" in caplog.text
+    for nothing in (b"", b"no tar at all", content[:100], bytes([content[0] ^ 1]) + content[1:]):
+        path.write_bytes(nothing)
+        with pytest.raises(ValueError, match="unreadable_tar"):
+            build_index(path, tokenizer)
+
+
+def test_fields_that_no_number_holds(tmp_path, tokenizer, caplog):
+    meta = {"user": "What?", "assistant": "a"}
+    path = make_tar(
+        tmp_path / "odd.tar",
+        {
+            "a.json": json.dumps(meta | {"duration": 10**400}).encode(),
+            "b.json": json.dumps(meta | {"duration": float("inf")}).encode(),
+            "c.json": b"[" * 200_000,
+            "d.json": json.dumps(meta | {"kind": "text"}).encode(),
+            "d.jpg": b"x",
+            "e_000.jpg": b"nobody's",
+        },
+    )
+    index = build_index(path, tokenizer)
+    assert index.duration.tolist() == [0.0, 0.0]
+    assert index.keys.tolist() == ["a", "b"]
+    for key, reason in {"c": "bad_json", "d": "bad_frames", "e_000.jpg": "unclaimed_member"}.items():
+        assert any(f"{path}, {key}: left out: {reason}" in message for message in caplog.messages), key
 
 
 def test_find_shards(tmp_path, tokenizer):

@@ -276,7 +276,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_named(web, tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(download_fetch.os, "fsync", full)
-    with pytest.raises(DiskError, match="No space left"):
+    with pytest.raises(DiskError, match=r"No space left on device; .* run the same command again"):
         run(tmp_path, {f"{i}.mp4": web.url(f"good{i}") for i in range(3)})
     assert not [name for name in files_in(tmp_path / "media") if not name.startswith(".")]
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +13,10 @@ from PIL import Image
 
 from data_prep import unit as unit_module
 from data_prep.prepare import PrepareError, main, prepare
-from data_prep.sources import FolderSource
+from data_prep.sources import FolderSource, Row
 from data_prep.synthetic.corpus import Corpus, write_corpus
 from data_prep.synthetic.families import FAMILIES
+from data_prep.unit import RECORDS, Job, Unit, write_unit
 from fvlm.data.chat import load_tokenizer
 from fvlm.data.shard import ShardReader, find_shards, load_index
 from fvlm.data.video import decode_jpeg, read_media
@@ -130,24 +127,43 @@ def test_a_second_run_does_nothing_and_a_damaged_shard_is_made_again(clips, tmp_
     assert shard_bytes(tmp_path) == before
 
 
-def test_killed_in_the_middle_and_run_again(clips, tmp_path):
-    run(source_of(clips), tmp_path / "whole", samples_per_shard=2)
-    command = [sys.executable, "-m", "data_prep.prepare", "--input", str(clips), "--manifest", "train.jsonl"]
-    command += ["--out", str(tmp_path / "killed"), "--size", "56", "--samples-per-shard", "2", "--workers", "1"]
-    root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        while not list((tmp_path / "killed").glob("*.tar")) and process.poll() is None:
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.tar")}
-    assert finished
-    (tmp_path / "killed" / ".shard-000009.tar.123.tmp").write_bytes(b"left by a killed run")
-    summary = run(source_of(clips), tmp_path / "killed", samples_per_shard=2)
-    assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "whole")
-    assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == summary
-    again = [path for path, written in finished.items() if path.stat().st_mtime_ns != written]
-    assert len(again) <= 1  # the shard whose record was not yet written
-    assert not list((tmp_path / "killed").glob(".*.tmp"))
+def test_too_little_memory_for_a_file_costs_the_file(tmp_path, monkeypatch):
+    rows = [{"media": still(tmp_path, f"{i}.png"), "user": "What?", "assistant": "A ring."} for i in range(3)]
+
+    def read(path, *rest):
+        if path.endswith("1.png"):
+            raise MemoryError
+        return read_media(path, *rest)
+
+    monkeypatch.setattr(unit_module, "read_media", read)
+    summary = run(manifest(tmp_path, rows), tmp_path / "out")
+    [skipped] = summary["skipped_rows"]
+    assert (skipped["file"], skipped["reason"]) == (str(tmp_path / "1.png"), "out_of_memory")
+    assert summary["samples"] == 2
+
+
+def test_a_shard_that_lost_its_media_before_it_was_recorded(tmp_path):
+    source = manifest(tmp_path, [{"media": still(tmp_path, "0.png"), "user": "What?", "assistant": "A ring."}])
+    run(source, tmp_path / "out")
+    (tmp_path / "out" / RECORDS / "shard-000000.json").unlink()
+    (tmp_path / "0.png").unlink()
+    assert run(source, tmp_path / "out")["samples"] == 0
+    assert not shard_bytes(tmp_path / "out")
+
+
+def test_what_is_read_is_told_until_something_else_begins(tmp_path):
+    first, second = (str(tmp_path / still(tmp_path, f"{i}.png")) for i in range(2))
+    rows = [Row("a", (first,)), Row("b", (second,)), Row("c", (second,)), Row("d"), Row("e", (first, second))]
+    rows = tuple(replace(row, meta={"user": "What?", "assistant": "A ring.", "source": "s"}) for row in rows)
+    told = []
+    job = Job(out=tmp_path / "out", **SETTINGS)
+    record = write_unit(job, Unit(0, rows), {}, lambda *at: told.append(at))
+    assert told == [(0, first), (1, second), (2, None), (4, first), (4, second), (5, None)]
+    assert record["samples"] == 5
+    told.clear()
+    record = write_unit(job, Unit(0, rows), {second: "decoder_crashed"}, lambda *at: told.append(at))
+    assert told == [(0, first), (1, None), (4, first), (4, None), (5, None)]
+    assert [row["reason"] for row in record["skipped"]] == ["decoder_crashed"] * 3
 
 
 @pytest.mark.parametrize("change", [{"size": 64}, {"max_frames": 2}, {"samples_per_shard": 9}])

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 
 from data_prep.sources import SOURCES, Row, licences, open_source
-from fvlm.data.chat import SOURCE_PROMPTS
 from tests.data_prep.published import (
     MESSAGES,
     PICTURE,
@@ -285,7 +284,12 @@ def test_smoltalk(tmp_path, shared_fixtures):
         Row(
             "smoltalk-2",
             (),
-            {"source": "smoltalk", "user": "<image> is what tag?", "assistant": "HTML.", "tags": ["numina-cot-100k"]},
+            {
+                "source": "smoltalk",
+                "user": "<image> is what tag?",
+                "assistant": "HTML.",
+                "tags": ["numina-cot-100k", "chain_of_thought"],
+            },
         ),
     ]
     assert reasons(read[3:]) == ["bad_turns"] * 3
@@ -311,21 +315,6 @@ def test_rlaif_v(tmp_path):
     meta = {"source": "rlaif_v", "user": "What?", "chosen": "A ring.", "rejected": "A rung.", "tags": ["COCO"]}
     assert read[0] == Row("rlaif_v-0-10", (f"{file}#row=0&column=image&item=0",), meta)
     assert reasons(read[1:]) == ["same_answers", "missing_field", "missing_media"]
-
-
-def test_captions_get_the_recipes_prompt_or_one_of_several_by_their_key(tmp_path):
-    rows = [[f"{i}.mp4", "A ring.", *[""] * 7] for i in range(200)]
-    write_csv(tmp_path / "OpenVid-1M.csv", OPENVID, rows)
-    [fixed] = {row.meta["user"] for row in rows_of("openvid", tmp_path)}
-    assert fixed == SOURCE_PROMPTS["openvid"]
-    varied = [row.meta["user"] for row in rows_of("openvid", tmp_path, varied_prompts=True)]
-    assert varied == [row.meta["user"] for row in rows_of("openvid", tmp_path, varied_prompts=True)]
-    counts = [varied.count(prompt) for prompt in SOURCES["openvid"].PROMPTS]
-    assert sum(counts) == 200
-    assert min(counts) > 25
-    for name in SOURCE_PROMPTS:
-        assert SOURCES[name].PROMPTS[0] == SOURCE_PROMPTS[name]
-        assert len(set(SOURCES[name].PROMPTS)) >= 3
 
 
 def test_every_source_says_what_it_may_be_used_for():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "flash_attn", "liger_kernel", "cut_cross_entropy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "flash_attn",
+    "liger_kernel",
+    "cut_cross_entropy",
+    "simplejpeg",
+    "webdataset",
+    "av",
+)
 
 
 def commit() -> str:
@@ -37,7 +48,7 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that matter to a kernel's speed, as far as they are installed."""
+    """Python and the packages that matter to speed, as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -51,7 +62,7 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The machine: processor, cores and, where there is one, the GPU."""
-    found: dict[str, Any] = {"machine": platform.machine(), "cpu_cores": os.cpu_count()}
+    found: dict[str, Any] = {"machine": platform.machine(), "cpu": processor(), "cpu_cores": os.cpu_count()}
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         found |= {
@@ -63,6 +74,21 @@ def hardware() -> dict[str, Any]:
             "driver": _driver(),
         }
     return found
+
+
+def processor() -> str:
+    """The processor's name, or its kind where the system tells no more."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.machine()
+
+
+def processor_slug() -> str:
+    """The processor's name and its number of cores, for the name of a file."""
+    name = re.sub(r"\((?:R|TM)\)|\b(?:CPU|Processor)\b|@.*", " ", processor(), flags=re.IGNORECASE)
+    return "-".join([*re.findall("[a-z0-9.]+", name.lower()), f"{os.cpu_count()}-cores"])
 
 
 def _driver() -> str:

@@ -1,9 +1,11 @@
-"""Samples of one pack to `PackedBatch`."""
+"""Samples of one pack to `PackedBatch`, and a pack as one buffer of bytes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ class LoadedSample:
     frames: np.ndarray
     """uint8 [n, 3, H, W]; samples that hold the same array share its rows of the pack."""
     source_id: int
+    reference_logprob: float = 0.0
+    """Of an answer of a preference pair, under the reference model."""
 
 
 def collate(
@@ -30,7 +34,8 @@ def collate(
 ) -> PackedBatch:
     """Lay samples out as one pack (docs/model.md, A pack), in their order.
 
-    `ce_all` labels every text token but the sample's first, `ce_answer` the answer tokens. With `grid` > 0 (multi-token
+    `ce_all` labels every text token but the sample's first, `ce_answer` and `dpo` the answer tokens; `dpo` takes the
+    chosen and the rejected answer of each pair, one after the other. With `grid` > 0 (multi-token
     baseline) each frame reference becomes `grid` visual slots, one a cell.
 
     Raises ValueError for samples over the capacities, frames of another size and an unknown objective.
@@ -46,6 +51,29 @@ def collate(
             first_row[id(sample.frames)] = used
             used += len(sample.frames)
         rows.append(_sample_rows(sample, first_row[id(sample.frames)], objective, grid))
+    return _lay_out(samples, rows, frames, capacities, objective, grid)
+
+
+def collate_placed(
+    samples: Sequence[tuple[LoadedSample, int]],
+    frames: torch.Tensor,
+    capacities: Capacities,
+    objective: str,
+    grid: int = 0,
+) -> PackedBatch:
+    """`collate` for samples whose frames lie in the pack's already, each from the given row of `frames` on."""
+    rows = [_sample_rows(sample, first, objective, grid) for sample, first in samples]
+    return _lay_out([sample for sample, _ in samples], rows, frames, capacities, objective, grid)
+
+
+def _lay_out(
+    samples: Sequence[LoadedSample],
+    rows: list[SampleRows],
+    frames: torch.Tensor,
+    capacities: Capacities,
+    objective: str,
+    grid: int,
+) -> PackedBatch:
     sizes = {
         "T": capacities.tokens,
         "V": capacities.visual,
@@ -56,6 +84,9 @@ def collate(
     batch = assemble(rows, frames, sizes, capacities.max_seqlen)
     if grid and batch.visual_cell is None:  # an empty pack keeps the baseline's form
         batch.visual_cell = torch.zeros(capacities.visual, dtype=torch.int64)
+    if objective == "dpo":
+        batch.reference_logprob = torch.zeros(capacities.samples)
+        batch.reference_logprob[: len(samples)] = torch.tensor([sample.reference_logprob for sample in samples])
     return batch
 
 
@@ -95,3 +126,87 @@ def _sample_rows(sample: LoadedSample, first_frame: int, objective: str, grid: i
         cell=np.concatenate(cell) if grid else None,
         source_id=sample.source_id,
     )
+
+
+class _Place(NamedTuple):
+    """Where one tensor lies in a pack's buffer."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class PackLayout:
+    """A pack as one buffer: the shapes are constants of a run, so every tensor has its fixed place in it.
+
+    One buffer is handed from a worker to the trainer without a copy, and to the device by a single one. Its frames lie
+    as JPEGs are decoded, [F, H, W, 3]; the batch's [F, 3, H, W] is a view of that.
+    """
+
+    ALIGNMENT = 512
+    """Bytes; what a CUDA allocation of its own would have."""
+
+    def __init__(self, capacities: Capacities, image_size: int, objective: str, grid: int = 0):
+        self._max_seqlen = capacities.max_seqlen
+        bounds, visual = (capacities.samples + 1,), (capacities.visual,)
+        int64, int32 = torch.int64, torch.int32
+        shapes = {
+            "frames": (torch.uint8, (capacities.frames, image_size, image_size, 3)),
+            "token_ids": (int64, (capacities.tokens,)),
+            "position_ids": (int64, (capacities.tokens,)),
+            "cu_seqlens": (int32, bounds),
+            "loss_index": (int64, (capacities.labels,)),
+            "labels": (int64, (capacities.labels,)),
+            "visual_index": (int64, visual),
+            "visual_frame": (int64, visual),
+            "query_from": (int64, visual),
+            "coarse_index": (int64, (capacities.coarse,)),
+            "coarse_cu_seqlens": (int32, bounds),
+            "source_id": (int64, (capacities.samples,)),
+        }
+        if grid:
+            shapes["visual_cell"] = (int64, visual)
+        if objective == "dpo":
+            shapes["reference_logprob"] = (torch.float32, (capacities.samples,))
+        self._places: dict[str, _Place] = {}
+        self.nbytes = 0
+        """Size of a pack."""
+        for name, (dtype, shape) in shapes.items():
+            self._places[name] = _Place(self.nbytes, dtype, shape)
+            self.nbytes += -(-self._places[name].nbytes // self.ALIGNMENT) * self.ALIGNMENT
+
+    def new_buffer(self, shared: bool) -> torch.Tensor:
+        """uint8 [nbytes] of zeros; `shared` with other processes, which then map it instead of copying it."""
+        if not shared:
+            return torch.zeros(self.nbytes, dtype=torch.uint8)
+        storage = torch.UntypedStorage._new_shared(self.nbytes)  # fresh pages, which the system gives out as zeros
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    def pixels(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The buffer's frames as they lie: uint8 [F, H, W, 3]."""
+        return self._view(buffer, "frames")
+
+    def store(self, batch: PackedBatch, buffer: torch.Tensor) -> None:
+        """Put every tensor of a batch in its place; its frames are those of the buffer already.
+
+        Raises ValueError for a batch of another form.
+        """
+        held = {field.name for field in fields(batch) if isinstance(getattr(batch, field.name), torch.Tensor)}
+        if held != self._places.keys() or batch.frames.data_ptr() != buffer.data_ptr():
+            raise ValueError(f"batch of {sorted(held)}: expected {sorted(self._places)}, frames in the buffer")
+        for name in held - {"frames"}:
+            self._view(buffer, name).copy_(getattr(batch, name))
+
+    def batch(self, buffer: torch.Tensor) -> PackedBatch:
+        """The pack in a buffer on any device; its tensors are views of it."""
+        tensors = {name: self._view(buffer, name) for name in self._places}
+        tensors["frames"] = tensors["frames"].permute(0, 3, 1, 2)
+        return PackedBatch(max_seqlen=self._max_seqlen, **tensors)
+
+    def _view(self, buffer: torch.Tensor, name: str) -> torch.Tensor:
+        place = self._places[name]
+        return buffer[place.offset : place.offset + place.nbytes].view(place.dtype).view(place.shape)

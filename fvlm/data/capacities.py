@@ -7,15 +7,19 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from fvlm.data.chat import Layout
+from fvlm.data.mixture import Mixture
 from fvlm.data.order import SampleOrder
 from fvlm.data.packing import pack_samples
-from fvlm.data.table import DIMENSIONS, Mixture, SampleTable, sample_costs
+from fvlm.data.table import DIMENSIONS, SampleTable, cost_columns, sample_costs
 
-_SIMULATED_WINDOWS, _SIMULATED_SAMPLES = 4, 4096
+FILL = {"frames": 0.97, "tokens": 0.99}
+"""Shares of a pack's frames and tokens that are to be in use: a frame too many costs less than a token too many."""
+
+_PLACES, _WINDOWS_EACH = 4, 8  # of the order, for what windows call for
+_PACKED_WINDOWS = 4  # of these, for what packs hold
 _QUANTILE, _MARGIN = 0.99, 1.02
-_FRAMES_MARGIN = 1.015  # more frames than tokens call for, or windows rich in frames would leave tokens unused
-_ROUND = 64
-_CHUNK = 1 << 20
+_ROUND, _ROUND_FRAMES = 64, 4
+_CHUNK = 1 << 16  # samples whose columns stay in the processor's cache
 _UNBOUNDED = 1 << 40
 
 
@@ -60,30 +64,25 @@ class Capacities:
         objective: str,
         max_seqlen: int | None = None,
         seed: int = 0,
+        window: int = 4096,
     ) -> Capacities:
         """Capacities under which packs of `tokens` tokens (and `frames` frames) are filled by a mixture.
 
         `frames` None: chosen so that frames and tokens run out together (and no sample of the table is too large).
         `max_seqlen` bounds a sample (for instance by the model's context); None: the longest that fits into a pack.
-        V, C, S and K: some windows are packed by frames and tokens alone; a little over the 99 % quantile of what their
-        packs hold, and never less than the largest admissible sample, so that they rarely bind.
+        V, C, S and K: some windows of `window` samples are packed by frames and tokens alone; a little over the 99 %
+        quantile of what their packs hold, and never less than the largest admissible sample, so that they rarely bind.
         """
-        order = SampleOrder(table, mixture, seed)
-        starts = np.linspace(0, len(table), _SIMULATED_WINDOWS, endpoint=False, dtype=np.int64)
-        length = min(_SIMULATED_SAMPLES, len(table))
-        windows = [
-            sample_costs(table, *order.take(int(start), int(start) + length), mixture, objective) for start in starts
-        ]
+        windows = _drawn_windows(table, SampleOrder(table, mixture, seed), mixture, objective, min(window, len(table)))
+        longest = min(tokens, max_seqlen or tokens)
         if frames is None:
-            drawn = order.take(0, min(_CHUNK, len(table)))
-            mean_frames, mean_tokens = sample_costs(table, *drawn, mixture, objective)[:, :2].mean(axis=0)
-            balanced = -(-tokens * mean_frames * _FRAMES_MARGIN // mean_tokens)
-            frames = max(_round_up(balanced, 4), int(table.num_frames.max()), 1)
-        limit = np.array([frames, min(tokens, max_seqlen or tokens), *[_UNBOUNDED] * 4])
+            needed = np.array([costs[costs[:, 1] <= longest, :2].sum(axis=0) for costs in windows])
+            frames = max(_balanced_frames(needed, tokens), int(table.num_frames.max()))
+        limit = np.array([frames, longest, *[_UNBOUNDED] * 4])
         largest = _largest(table, mixture, objective, limit)
         capacity = np.array([frames, tokens, *[_UNBOUNDED] * 4])
         used = []
-        for costs in windows:
+        for costs in windows[:: -(-len(windows) // _PACKED_WINDOWS)]:
             costs = costs[(costs <= limit).all(axis=1)]
             used += [costs[group].sum(axis=0) for group in pack_samples(costs, capacity)]
         if not used or not largest[1]:
@@ -103,19 +102,52 @@ class Capacities:
 REFUSALS = ("", *(f"over_{name}" for name in DIMENSIONS), "over_max_seqlen", "no_loss_tokens")
 
 
+def _drawn_windows(
+    table: SampleTable, order: SampleOrder, mixture: Mixture, objective: str, length: int
+) -> list[np.ndarray]:
+    """Costs of windows of `length` samples, from several places of an epoch."""
+    windows, size = [], min(len(table), order.size or len(table))
+    for place in np.linspace(0, size, _PLACES, endpoint=False, dtype=np.int64).tolist():
+        stop = place + max(min(_WINDOWS_EACH * length, size // _PLACES), length)
+        rows, layouts = order.take(place, min(stop, order.size or stop))
+        costs = sample_costs(table, rows, layouts, mixture, objective)
+        windows += np.array_split(costs, max(len(costs) // length, 1))
+    return windows
+
+
+def _balanced_frames(needed: np.ndarray, tokens: int) -> int:
+    """The frames of a pack with which windows that need so many frames and tokens [n, 2] fill both best.
+
+    A window takes as many packs as the scarcer of the two calls for (`pack_samples` comes within 0.1 % of that).
+    """
+    mean_frames, mean_tokens = needed.mean(axis=0)
+    middle = tokens * mean_frames / max(mean_tokens, 1)
+    candidates = np.unique([_round_up(middle * (1 + percent / 400), _ROUND_FRAMES) for percent in range(-20, 41)])
+    num_packs = np.maximum(-(-needed[:, :1] // candidates), -(-needed[:, 1:] // tokens)).sum(axis=0)
+    num_packs = np.maximum(num_packs, 1)  # where no sample is short enough
+    fills = needed.sum(axis=0)[:, None] / num_packs / np.stack([candidates, np.full(len(candidates), tokens)])
+    slack = (fills - np.array([[FILL["frames"]], [FILL["tokens"]]])).min(axis=0)
+    return int(candidates[slack.argmax()])
+
+
 def _largest(table: SampleTable, mixture: Mixture, objective: str, limit: np.ndarray) -> np.ndarray:
     """Largest cost in each dimension over the table's admissible samples, in every layout that the mixture draws."""
-    layouts = [Layout.VIDEO_FIRST]
-    layouts += [Layout.QUESTION_FIRST] if mixture.question_first else []
+    layouts = [Layout.QUESTION_FIRST if mixture.question_first else Layout.VIDEO_FIRST]  # the former takes no less
     layouts += [Layout.NARRATED] if mixture.narrated else []
     largest = np.zeros(len(DIMENSIONS), np.int64)
     for start in range(0, len(table), _CHUNK):
-        rows = np.arange(start, min(start + _CHUNK, len(table)))
+        some = slice(start, min(start + _CHUNK, len(table)))
         for layout in layouts:
-            drawn = rows[table.narrated_tokens[rows] > 0] if layout == Layout.NARRATED else rows
-            costs = sample_costs(table, drawn, np.full(len(drawn), layout, np.uint8), mixture, objective)
-            costs = costs[(costs <= limit).all(axis=1)]
-            largest = np.maximum(largest, costs.max(axis=0, initial=0))
+            rows: np.ndarray | slice = some
+            if layout == Layout.NARRATED:
+                rows = start + np.flatnonzero(table.narrated_tokens[some])
+            num = some.stop - start if isinstance(rows, slice) else len(rows)
+            costs = cost_columns(table, rows, np.full(num, layout, np.uint8), mixture, objective)
+            largest_here = np.array([cost.max(initial=0) for cost in costs])
+            if (largest_here > limit).any():
+                fits = np.logical_and.reduce([cost <= most for cost, most in zip(costs, limit, strict=True)])
+                largest_here = np.array([(cost * fits).max(initial=0) for cost in costs])
+            largest = np.maximum(largest, largest_here)
     return largest
 
 

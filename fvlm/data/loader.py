@@ -1,60 +1,40 @@
 """This rank's packs, read, decoded and laid out ahead of the step that needs them.
 
-The main process plans; a worker gets one pack's rows and returns the finished `PackedBatch`. The order is the plan's,
-whatever the number of workers. A sample that cannot be read is dropped from its pack, logged and counted.
+The main process plans; a worker gets one pack's rows and fills one of the shared buffers with it. The order is the
+plan's, whatever the number of workers. A sample that cannot be read is dropped from its pack, logged and counted.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from fvlm.data.batch import LoadedSample, collate
-from fvlm.data.chat import Layout, Text, segments
-from fvlm.data.errors import MediaError, SampleError
-from fvlm.data.plan import START, Pack, Plan, PlanState, Step
-from fvlm.data.shard import ShardIndex, ShardReader
-from fvlm.data.video import decode_jpeg
+from fvlm.data.batch import PackLayout
+from fvlm.data.buffers import BufferPool
+from fvlm.data.errors import SampleError
+from fvlm.data.look_ahead import LookAhead
+from fvlm.data.plan import START, Plan, PlanState, Step
+from fvlm.data.reader import LostSample, PackReader, ReadPack, Task
+from fvlm.data.remote import RemoteShard
+from fvlm.data.shard import ShardIndex
+from fvlm.data.shard_cache import ShardCache
 from fvlm.model.packed import PackedBatch
 
 logger = logging.getLogger(__name__)
 
-_OPEN_SHARDS = 64
+_AHEAD = 2  # packs on their way through each worker
 _MIN_LOST = 10  # fewer lost samples than this stop no run, whatever their share
-
-
-@dataclass(frozen=True, slots=True)
-class LostSample:
-    """A planned sample that could not be read."""
-
-    shard: str
-    key: str
-    reason: str
-    detail: str
-
-
-@dataclass(kw_only=True, slots=True)
-class LoadedPack:
-    """A pack on the host."""
-
-    batch: PackedBatch
-    keys: list[str]
-    """Of the samples in the batch, in its order."""
-    lost: list[LostSample]
-
-    def pin_memory(self) -> LoadedPack:
-        """Called by torch's DataLoader."""
-        return replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,8 +45,14 @@ class LoadedStep:
     batches: list[PackedBatch]
     """The micro-batches, on the device."""
     keys: list[list[str]]
-    """Sample keys of each micro-batch, in its order."""
+    """Sample keys of each micro-batch, in its order; a preference pair's twice."""
+    rows: list[list[int]]
+    """The same samples' rows of the plan's table."""
     lost: list[LostSample]
+    read_s: float
+    """Seconds of the workers' time in this rank's packs, reading to finished buffer."""
+    decode_s: float
+    """Of these, in decoding JPEGs."""
     wait_s: float
     """Seconds that the caller waited for this step."""
 
@@ -76,13 +62,17 @@ class LoadedStep:
         return Counter(sample.reason for sample in self.lost)
 
 
+_Buffered = tuple[LoadedStep, list[torch.Tensor]]
+"""A step whose batches are not made yet, and the buffers that hold them."""
+
+
 class PackLoader:
     """Iterates over the steps of a plan from `start` on, with the packs of one rank."""
 
     def __init__(
         self,
         plan: Plan,
-        shards: Sequence[str | Path],
+        shards: Sequence[str | Path | RemoteShard],
         indexes: Sequence[ShardIndex],
         tokenizer: PreTrainedTokenizerBase,
         image_size: int,
@@ -94,8 +84,11 @@ class PackLoader:
         start: PlanState = START,
         device: torch.device | str = "cpu",
         max_bad_share: float = 0.01,
+        cache: ShardCache | None = None,
+        reference: np.ndarray | None = None,
     ):
-        """`shards` and `indexes` in the order of the plan's table; `image_size` in pixels.
+        """`shards` and `indexes` in the order of the plan's table; `image_size` in pixels; `cache` for remote shards;
+        `reference` float32 [n, 2]: log-probabilities of each table row's two answers, for the objective `dpo`.
 
         Raises ValueError if the ranks do not divide `packs_per_step`, or the shards are not those of the plan.
         Iterating raises SampleError `too_many_unreadable` when more than `max_bad_share` of the samples read so far
@@ -105,63 +98,92 @@ class PackLoader:
             raise ValueError(
                 f"packs_per_step = {packs_per_step}: expected a multiple of the number of ranks, {world_size}"
             )
-        if len(shards) != len(indexes) or sum(len(index) for index in indexes) != len(plan.table):
+        if len(shards) != len(indexes) or not plan.table.fits([len(index) for index in indexes]):
             raise ValueError(
                 f"{len(shards)} shards with {len(indexes)} indexes of {sum(len(index) for index in indexes)} samples: "
-                f"expected those of the plan's table, {len(plan.table)} samples"
+                f"expected those of the plan's table, {len(plan.table)} samples of {plan.table.num_shards} shards"
             )
+        remote = any(isinstance(shard, RemoteShard) for shard in shards)
+        if remote and cache is None:
+            raise ValueError("remote shards need a folder for their copies; name one (data.cache_dir)")
+        self._cache = cache if remote else None
+        if remote:
+            cache.forget_failures()
+            _warn_of_small_cache(LookAhead(plan, shards, indexes, cache), start.window, cache)
         self._plan, self._packs_per_step, self._start = plan, packs_per_step, start
         self._rank, self._world_size = rank, world_size
-        self._reader = _PackReader(plan, shards, indexes, tokenizer, image_size)
+        self._source = (plan, shards, indexes, tokenizer)
+        self._layout = PackLayout(plan.capacities, image_size, plan.objective, plan.mixture.grid)
+        self._reference = reference
         self._num_workers = num_workers
         self._device = torch.device(device)
         self._max_bad_share = max_bad_share
 
     def __iter__(self) -> Iterator[LoadedStep]:
-        steps = self._host_steps()
-        if self._device.type == "cuda":
-            steps = _copied_ahead(steps, self._device)
+        accumulation = self._packs_per_step // self._world_size
+        pool = BufferPool(_AHEAD * self._num_workers + 3 * accumulation + 1, self._layout.nbytes)
+        on_host = self._read_steps(pool, accumulation)
+        steps = _copied_ahead(on_host, self._device) if self._device.type == "cuda" else on_host
         num_read, reasons = 0, Counter()
-        with closing(steps):
+        with closing(on_host), closing(steps):
             while True:
                 begin = time.perf_counter()
-                loaded = next(steps, None)
+                loaded, buffers = next(steps, (None, []))
                 if loaded is None:
                     return
+                loaded.batches = [self._layout.batch(buffer) for buffer in buffers]
+                del buffers  # the batches alone decide how long the memory is in use
                 loaded.wait_s = time.perf_counter() - begin
                 reasons += loaded.skipped
                 num_read += sum(len(keys) for keys in loaded.keys) + len(loaded.lost)
                 self._report(loaded.lost, num_read, reasons)
                 yield loaded
 
-    def _host_steps(self) -> Iterator[LoadedStep]:
+    def _read_steps(self, pool: BufferPool, accumulation: int) -> Iterator[_Buffered]:
+        """Steps as they come from the workers."""
         ahead: deque[Step] = deque()  # planned, and on their way through the workers
+        reader = PackReader(
+            *self._source,
+            self._layout,
+            pool,
+            in_workers=self._num_workers > 0,
+            cache=self._cache,
+            reference=self._reference,
+        )
         packs = iter(
             DataLoader(
-                self._reader,
+                reader,
                 batch_size=None,
-                sampler=self._my_packs(ahead),
+                sampler=self._tasks(ahead, pool),
                 num_workers=self._num_workers,
+                prefetch_factor=_AHEAD if self._num_workers else None,
                 multiprocessing_context="fork" if self._num_workers else None,  # workers share the indexes' memory
-                pin_memory=self._device.type == "cuda",
                 generator=torch.Generator(),  # or it would draw from the run's own random numbers
+                worker_init_fn=_outlive_a_notice,
             )
         )
-        mine: list[LoadedPack] = []
+        if self._device.type == "cuda":
+            pool.pin()  # after the fork: workers have nothing to do with CUDA
+        mine: list[ReadPack] = []
         try:
             for pack in packs:
                 mine.append(pack)
-                if len(mine) == self._packs_per_step // self._world_size:
-                    yield _host_step(ahead.popleft(), mine)
+                if len(mine) == accumulation:
+                    yield _read_step(ahead.popleft(), mine), [pool.lend(pack.buffer) for pack in mine]
                     mine = []
         finally:
+            reader.close()
             if self._num_workers:  # now: an error's traceback holds the workers, and garbage collection waits for them
                 packs._shutdown_workers()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+                pool.unpin()
 
-    def _my_packs(self, ahead: deque[Step]) -> Iterator[Pack]:
+    def _tasks(self, ahead: deque[Step], pool: BufferPool) -> Iterator[Task]:
         for step in self._plan.steps(self._packs_per_step, self._start):
             ahead.append(step)
-            yield from step.packs[self._rank :: self._world_size]
+            for pack in step.packs[self._rank :: self._world_size]:
+                yield Task(pack, pool.take(), step.state.window)
 
     def _report(self, lost: list[LostSample], num_read: int, reasons: Counter) -> None:
         for sample in lost:
@@ -175,86 +197,64 @@ class PackLoader:
             )
 
 
-def _host_step(step: Step, packs: list[LoadedPack]) -> LoadedStep:
+def _outlive_a_notice(_: int) -> None:
+    """What tells a rank to stop reaches its workers too, while it still needs them; a second SIGTERM ends them."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _warn_of_small_cache(ahead: LookAhead, window: int, cache: ShardCache) -> None:
+    needed = ahead.bytes_of(window)
+    if needed > cache.limit:
+        logger.warning(
+            "data.cache_gb = %.3g: a window of the plan reads from %d shards of %.3g GB together, which will be "
+            "downloaded again and again; raise it",
+            cache.limit / 1e9,
+            len(ahead.shards_of(window)),
+            needed / 1e9,
+        )
+
+
+def _read_step(step: Step, packs: list[ReadPack]) -> LoadedStep:
     return LoadedStep(
         step=step,
-        batches=[pack.batch for pack in packs],
+        batches=[],
         keys=[pack.keys for pack in packs],
+        rows=[pack.rows for pack in packs],
         lost=[sample for pack in packs for sample in pack.lost],
+        read_s=sum(pack.read_s for pack in packs),
+        decode_s=sum(pack.decode_s for pack in packs),
         wait_s=0.0,
     )
 
 
-class _PackReader(Dataset):
-    """Runs in the workers: a pack's rows in, a finished batch out."""
-
-    def __init__(self, plan: Plan, shards, indexes, tokenizer: PreTrainedTokenizerBase, image_size: int):
-        self._table, self._capacities, self._objective = plan.table, plan.capacities, plan.objective
-        self._mixture = plan.mixture
-        self._shards, self._indexes = [Path(shard) for shard in shards], indexes
-        self._tokenizer, self._image_size = tokenizer, image_size
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
-
-    def __getitem__(self, pack: Pack) -> LoadedPack:
-        samples, lost = [], []
-        for row, layout in zip(pack.rows.tolist(), pack.layouts.tolist(), strict=True):
-            shard, key = int(self._table.shard[row]), self._key(row)
-            try:
-                samples.append(self._load(row, Layout(layout)))
-            except (SampleError, MediaError) as error:
-                lost.append(LostSample(str(self._shards[shard]), key, error.reason, error.detail))
-        batch = collate(samples, self._capacities, self._objective, self._image_size, self._mixture.grid)
-        return LoadedPack(batch=batch, keys=[sample.key for sample in samples], lost=lost)
-
-    def _key(self, row: int) -> str:
-        return str(self._indexes[self._table.shard[row]].keys[self._table.row[row]])
-
-    def _load(self, row: int, layout: Layout) -> LoadedSample:
-        try:
-            meta, jpegs = self._shard(int(self._table.shard[row])).read(int(self._table.row[row]))
-        except OSError as error:  # deleted or unreadable while the run goes on
-            raise SampleError("unreadable_shard", str(error)) from error
-        parts = segments(meta, self._tokenizer, layout, **self._mixture.visual_arguments)
-        planned = (self._table.narrated_tokens if layout == Layout.NARRATED else self._table.tokens)[row]
-        found = sum(part.token_ids.size for part in parts if isinstance(part, Text))
-        if found != planned:
-            raise SampleError("index_mismatch", f"{found} text tokens, the index says {planned}; build the index anew")
-        if meta["kind"] == "image":
-            jpegs = jpegs[:1]
-        frames = np.zeros((len(jpegs), 3, self._image_size, self._image_size), np.uint8)
-        for number, jpeg in enumerate(jpegs):
-            frames[number] = decode_jpeg(jpeg, self._image_size)
-        return LoadedSample(key=meta["key"], segments=parts, frames=frames, source_id=int(self._table.source[row]))
-
-    def _shard(self, number: int) -> ShardReader:
-        if number not in self._open:
-            if len(self._open) >= _OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-            self._open[number] = ShardReader(self._shards[number], self._indexes[number])
-        self._open.move_to_end(number)
-        return self._open[number]
-
-
-def _copied_ahead(steps: Iterator[LoadedStep], device: torch.device) -> Iterator[LoadedStep]:
-    """Each step on the device; its copy runs on a stream of its own while the step before it is computed."""
+def _copied_ahead(steps: Iterator[_Buffered], device: torch.device) -> Iterator[_Buffered]:
+    """Each step's buffers on the device, a copy each, which runs while the step before is computed."""
     stream = torch.cuda.Stream(device)
-    waiting: tuple[LoadedStep, torch.cuda.Event] | None = None
-    for loaded in steps:
+    before: tuple[LoadedStep, list[torch.Tensor], torch.cuda.Event] | None = None
+    sources: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()  # until they are copied
+    for loaded, buffers in steps:
         with torch.cuda.stream(stream):
-            loaded.batches = [batch.to(device, non_blocking=True) for batch in loaded.batches]
-        if waiting is not None:
-            yield _arrived(*waiting, device)
-        waiting = (loaded, stream.record_event())
-    if waiting is not None:
-        yield _arrived(*waiting, device)
+            pinned = [buffer if buffer.is_pinned() else buffer.pin_memory() for buffer in buffers]
+            copies = [buffer.to(device, non_blocking=True) for buffer in pinned]
+        copied = stream.record_event()
+        sources.append((copied, buffers))
+        if before is not None:
+            yield _arrived(*before, device)
+        before = (loaded, copies, copied)
+        del buffers, pinned, copies
+        if len(sources) > 1:  # the step that was just computed needed it: nothing is waited for
+            sources.popleft()[0].synchronize()
+    if before is not None:
+        yield _arrived(*before, device)
 
 
-def _arrived(loaded: LoadedStep, copied: torch.cuda.Event, device: torch.device) -> LoadedStep:
-    """The step's tensors may be used on the current stream, and their memory is not reused before it is done."""
+def _arrived(
+    loaded: LoadedStep, copies: list[torch.Tensor], copied: torch.cuda.Event, device: torch.device
+) -> _Buffered:
+    """The copies may be used on the current stream, and their memory is not reused before it is done."""
     current = torch.cuda.current_stream(device)
     current.wait_event(copied)
-    for batch in loaded.batches:
-        for field in fields(batch):
-            if isinstance(tensor := getattr(batch, field.name), torch.Tensor):
-                tensor.record_stream(current)
-    return loaded
+    for copy in copies:
+        copy.record_stream(current)
+    return loaded, copies

@@ -1,49 +1,75 @@
 """In which order samples come: a pure function of sample counts, mixture and seed, at any position without replay.
 
-A stream is the samples of one source with frames, or without. Its order in an epoch: shards in a seeded permutation,
-cut into blocks, and the samples of a block in a seeded permutation, so that few shards are in use at a time and only
-the block at hand is in memory. Streams are interleaved by a binary tree of two-way splits: of the first p samples that
-reach a node, `(p * left + phase) // (left + right)` go left. So shares hold within about a sample over any stretch,
-every position is known in closed form, and integer weights equal to the stream sizes give exact epochs.
+A stream is the samples of one source that are alike to the mixture: with frames or without, or of one kind where it
+states shares of kinds, and with the same of the tags that it caps. Its order in an epoch: shards in a seeded
+permutation, cut into blocks, and the samples of a block in a seeded permutation, so that few shards are in use at a
+time and only the block at hand is in memory. `fvlm.data.interleave` says whose turn it is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from fvlm.data.chat import Layout
-from fvlm.data.table import TEXT, Mixture, SampleTable
+from fvlm.data.interleave import Interleaving, stable_hash
+from fvlm.data.mixture import Mixture
+from fvlm.data.shard import KINDS
+from fvlm.data.table import TEXT, SampleTable
 
 BLOCK_SHARDS = 16
-_WEIGHT_SCALE = 1 << 30
+_CHUNK = 1 << 20
 
 
 class SampleOrder:
-    """The endless sequence of (table row, layout) that a mixture draws from a table."""
+    """The sequence of (table row, layout) that a mixture draws from a table; endless but for caps and repeats."""
 
     def __init__(self, table: SampleTable, mixture: Mixture, seed: int):
+        """Raises ValueError for a mixture that the table cannot give, naming the key."""
         self._table, self._mixture, self._seed = table, mixture, seed
-        self._streams = _streams(table, seed)
-        self._tree = _mixture_tree(self._streams, table.source_names, mixture, seed)
-        is_natural = mixture.weights is None and mixture.text_share is None
-        self.epoch_size: int | None = len(table) if is_natural else None
-        """Samples after which every sample has come once more; None where weights rule."""
+        self._streams = _streams(table, mixture, seed)
+        fitted, self._notes = mixture.fitted({(stream.source_name, stream.kind) for stream in self._streams})
+        self._notes += _unknown_tags(self._streams, mixture)
+        self._turns = Interleaving(self._streams, fitted, seed)
+        self.epoch_size: int | None = len(table) if _is_natural(fitted) else None
+        """Samples after which every sample has come once more; None where weights or limits rule."""
+
+    @property
+    def size(self) -> int | None:
+        """Samples after which a stated share can no longer be kept; None: endless."""
+        return self._turns.size
+
+    def notes(self, total: int) -> list[str]:
+        """What a reader of the run should know of its first `total` samples: parts left out, sources used up.
+
+        Raises ValueError if the order ends before.
+        """
+        if self.size is not None and total > self.size:
+            raise ValueError(
+                f"the mixture ends after {self.size:,} of {total:,} samples: {self._turns.events[-1][1]}; lower "
+                f"train.total_samples, raise or remove the limit, or change the share"
+            )
+        used_up = [f"after {position:,} samples: {what}" for position, what in self._turns.events if position < total]
+        return self._notes + used_up
 
     def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions start..stop of the sequence: table rows int64 [n], layouts uint8 [n]."""
         rows = np.zeros(stop - start, np.int64)
         layouts = np.zeros(stop - start, np.uint8)
-        for stream_id, where, positions in self._tree.split(np.arange(start, stop, dtype=np.int64)):
-            stream = self._streams[stream_id]
+        for number, where, positions in self._turns.split(start, stop):
+            stream = self._streams[number]
             rows[where] = stream.take(int(positions[0]), int(positions[-1]) + 1)
-            if not stream.is_text:
+            if stream.kind != "text":
                 layouts[where] = self._layouts(rows[where], stream, positions)
         return rows, layouts
+
+    def shares(self) -> dict[str, float]:
+        """Source -> share of the samples that are drawn, before any source is used up."""
+        shares = dict.fromkeys(self._table.source_names, 0.0)
+        for stream, share in self._turns.shares():
+            shares[self._streams[stream].source_name] += share
+        return shares
 
     def _layouts(self, rows: np.ndarray, stream: _Stream, positions: np.ndarray) -> np.ndarray:
         question_first = _uniform(positions, self._seed, stream.key, "question first") < self._mixture.question_first
@@ -54,13 +80,23 @@ class SampleOrder:
 
 
 class _Stream:
-    """The samples of one source, with frames or without, epoch after epoch."""
+    """The samples of one source and class (`_classes`), epoch after epoch."""
 
-    def __init__(self, table: SampleTable, source: int, is_text: bool, shard_counts: np.ndarray, seed: int):
-        self.source, self.is_text = source, is_text
-        self.key = f"{table.source_names[source]}/{'text' if is_text else 'frames'}"  # by name: others do not shift it
+    def __init__(
+        self,
+        table: SampleTable,
+        source: int,
+        kind: str,
+        tags: tuple[str, ...],
+        is_member: np.ndarray,
+        shard_counts: np.ndarray,
+        seed: int,
+    ):
+        """`is_member` bool [kinds, tag sets]: which samples of the source; `shard_counts` [shards]: how many."""
+        self.source_name, self.kind, self.tags = table.source_names[source], kind, tags
+        self.key = "/".join([self.source_name, kind, *tags])  # by name: others do not shift it
         self.size = int(shard_counts.sum())
-        self._table, self._seed = table, seed
+        self._table, self._source, self._is_member, self._seed = table, source, is_member, seed
         self._shards = np.flatnonzero(shard_counts)
         self._counts = shard_counts[self._shards]
         self._epoch = lru_cache(maxsize=2)(self._epoch_blocks)
@@ -96,119 +132,66 @@ class _Stream:
         low, high = np.searchsorted(
             self._table.shard, np.array([shard, shard + 1], self._table.shard.dtype)
         )  # other types copy
-        mine = (self._table.source[low:high] == self.source) & ((self._table.kind[low:high] == TEXT) == self.is_text)
-        return low + np.flatnonzero(mine)
+        part = slice(int(low), int(high))
+        mine = self._is_member[self._table.kind[part], _tag_sets(self._table, part)]
+        return low + np.flatnonzero(mine & (self._table.source[part] == self._source))
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    weight: int
-    stream: int
-
-    def split(self, positions: np.ndarray, where: np.ndarray | None = None):
-        where = np.arange(len(positions)) if where is None else where
-        if len(positions):
-            yield self.stream, where, positions
-
-
-@dataclass(frozen=True)
-class _Node:
-    left: _Leaf | _Node
-    right: _Leaf | _Node
-    left_share: int
-    right_share: int
-    phase: int
-
-    @property
-    def weight(self) -> int:
-        return self.left.weight + self.right.weight
-
-    def split(self, positions: np.ndarray, where: np.ndarray | None = None):
-        """Yield (stream, indices into the caller's positions, positions in the stream) of every stream that occurs."""
-        where = np.arange(len(positions)) if where is None else where
-        total = self.left_share + self.right_share
-        before = (positions * self.left_share + self.phase) // total
-        goes_left = ((positions + 1) * self.left_share + self.phase) // total > before
-        yield from self.left.split(before[goes_left], where[goes_left])
-        yield from self.right.split((positions - before)[~goes_left], where[~goes_left])
-
-
-def _streams(table: SampleTable, seed: int) -> list[_Stream]:
-    shape = (len(table.source_names), 2, table.num_shards)
-    stream = np.ravel_multi_index((table.source, (table.kind == TEXT).astype(np.int8), table.shard), shape)
-    counts = np.bincount(stream, minlength=np.prod(shape, dtype=int)).reshape(shape)
+def _streams(table: SampleTable, mixture: Mixture, seed: int) -> list[_Stream]:
+    names, class_of = _classes(table, mixture)
+    counts = np.zeros((len(table.source_names), len(names), table.num_shards), np.int64)
+    for start in range(0, len(table), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        shard = table.shard[part]
+        first, num = int(shard[0]), int(shard[-1] - shard[0]) + 1
+        shape = (*counts.shape[:2], num)
+        cell = np.ravel_multi_index(
+            (table.source[part], class_of[table.kind[part], _tag_sets(table, part)], shard - first), shape
+        )
+        counts[:, :, first : first + num] += np.bincount(cell, minlength=np.prod(shape, dtype=int)).reshape(shape)
     return [
-        _Stream(table, source, bool(is_text), counts[source, is_text], seed)
-        for source, is_text in np.ndindex(counts.shape[:2])
-        if counts[source, is_text].any()
+        _Stream(table, source, *names[number], class_of == number, counts[source, number], seed)
+        for source, number in np.ndindex(counts.shape[:2])
+        if counts[source, number].any()
     ]
 
 
-def _mixture_tree(streams: list[_Stream], names: tuple[str, ...], mixture: Mixture, seed: int) -> _Leaf | _Node:
-    leaves = [_Leaf(weight, i) for i, weight in enumerate(_stream_weights(streams, names, mixture)) if weight]
-    if mixture.text_share is None:
-        return _huffman(leaves, seed, "all")
-    text = [leaf for leaf in leaves if streams[leaf.stream].is_text]
-    framed = [leaf for leaf in leaves if not streams[leaf.stream].is_text]
-    text_share = round(mixture.text_share * _WEIGHT_SCALE)
-    for what, share, group in (("text-only", text_share, text), ("visual", _WEIGHT_SCALE - text_share, framed)):
-        if share and not group:
-            raise ValueError(
-                f"mixture.text_share = {mixture.text_share}: no source with a weight holds {what} samples; "
-                f"add some, or set it to {0 if what == 'text-only' else 1} or null"
-            )
-    if text_share in (0, _WEIGHT_SCALE):
-        return _huffman(text if text_share else framed, seed, "all")
-    trees = _huffman(text, seed, "text"), _huffman(framed, seed, "frames")
-    return _Node(*trees, text_share, _WEIGHT_SCALE - text_share, _hash(seed, "text share") % _WEIGHT_SCALE)
+def _classes(table: SampleTable, mixture: Mixture) -> tuple[list[tuple[str, tuple[str, ...]]], np.ndarray]:
+    """What the mixture tells apart: (kind, tags) of each class, and the class int64 [kinds, tag sets] of a sample."""
+    capped = mixture.tag_caps or {}
+    if capped and table.tag_set is None:
+        raise ValueError(f"mixture.tag_caps: the table holds no tags; build it with tags = {sorted(capped)}")
+    tags = [tuple(tag for tag in given if tag in capped) for given in table.tag_sets]
+    two = ["text" if number == TEXT else "frames" for number in range(len(KINDS))]
+    kinds = two if mixture.kinds is None else KINDS
+    names = list(dict.fromkeys((kind, each) for kind in sorted(set(kinds)) for each in tags))
+    return names, np.array([[names.index((kind, each)) for each in tags] for kind in kinds])
 
 
-def _stream_weights(streams: list[_Stream], names: tuple[str, ...], mixture: Mixture) -> list[int]:
-    """Integer weights: the sizes themselves, or the mixture's weights, split within a source by size."""
-    if mixture.weights is None:
-        return [stream.size for stream in streams]
-    present = {names[stream.source] for stream in streams}
-    if present != set(mixture.weights):
-        raise ValueError(
-            f"mixture.weights: sources without samples {sorted(set(mixture.weights) - present)}, sources without a "
-            f"weight {sorted(present - set(mixture.weights))}; name exactly the sources present (0 leaves one out)"
-        )
-    total = sum(mixture.weights.values())
-    if total <= 0:
-        raise ValueError("mixture.weights: all are 0; give at least one source a weight")
-    sizes = {name: sum(s.size for s in streams if names[s.source] == name) for name in present}
-    shares = [mixture.weights[names[s.source]] / total * s.size / sizes[names[s.source]] for s in streams]
-    return [max(round(share * _WEIGHT_SCALE), 1) if share else 0 for share in shares]
+def _tag_sets(table: SampleTable, part: slice) -> np.ndarray | int:
+    """Positions in `tag_sets` of some rows; one for all where there are no tags."""
+    return 0 if table.tag_set is None else table.tag_set[part]
 
 
-def _huffman(leaves: list[_Leaf], seed: int, label: str) -> _Leaf | _Node:
-    """The tree that keeps heavy streams near the root, where their share is kept most closely."""
-    if not leaves:
-        raise ValueError("the data set is empty: no source with a weight holds a sample")
-    heap = [(leaf.weight, i, leaf) for i, leaf in enumerate(leaves)]
-    heapq.heapify(heap)
-    for number in range(len(leaves), 2 * len(leaves) - 1):
-        left, right = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
-        total = left.weight + right.weight
-        node = _Node(left, right, left.weight, right.weight, _hash(seed, label, number) % total)
-        heapq.heappush(heap, (total, number, node))
-    return heap[0][2]
+def _unknown_tags(streams: list[_Stream], mixture: Mixture) -> list[str]:
+    known = {tag for stream in streams for tag in stream.tags}
+    return [f"tag_caps.{tag}: no sample has the tag {tag}" for tag in mixture.tag_caps or () if tag not in known]
 
 
-def _hash(*key: int | str) -> int:
-    """64 bits that depend on every part of the key, the same on every machine and version."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+def _is_natural(mixture: Mixture) -> bool:
+    stated = (mixture.weights, mixture.text_share, mixture.kinds, mixture.caps, mixture.repeats, mixture.tag_caps)
+    return not any(each is not None for each in stated)
 
 
 def seeded_permutation(n: int, *key: int | str) -> np.ndarray:
     """By sorting raw Philox words: numpy promises those for all versions, but not `Generator.permutation`."""
-    words = np.random.Philox(key=_hash(*key)).random_raw(n)
+    words = np.random.Philox(key=stable_hash(*key)).random_raw(n)
     return np.argsort(words, kind="stable")
 
 
 def _uniform(positions: np.ndarray, *key: int | str) -> np.ndarray:
     """A number in [0, 1) for each position (splitmix64 of key and position)."""
-    x = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(_hash(*key))
+    x = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(stable_hash(*key))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / 2.0**53

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 MAIN = 2  # the first two dimensions, frames and tokens, are what packs are filled to
@@ -36,17 +38,24 @@ def _fill(costs: np.ndarray, capacity: np.ndarray, todo: np.ndarray) -> tuple[li
     room = np.repeat(capacity[:, None], num_packs, axis=1)
     missing = np.repeat(weight[:, None], num_packs, axis=1)  # [D, packs], below 0 over an even share
     length = np.sqrt((missing * missing).sum(axis=0))
+    aligned, alignment = np.empty_like(missing), np.empty_like(length)
     members: list[list[int]] = [[] for _ in range(num_packs)]
     left_over = []
     for i in largest_first.tolist():
-        alignment = (missing * shares[i]).sum(axis=0) / length  # not a BLAS product: the same on every machine
-        alignment[~(room >= costs[i, :, None]).all(axis=0)] = -np.inf
+        cost = costs[i]
+        np.multiply(missing, shares[i], out=aligned)
+        np.add.reduce(aligned, axis=0, out=alignment)  # not a BLAS product: the same on every machine
+        np.divide(alignment, length, out=alignment)
         best = int(alignment.argmax())
-        if alignment[best] == -np.inf:
-            left_over.append(i)
-            continue
+        if (room[:, best] < cost).any():  # seldom, until packs are nearly full: only now look at the room of all
+            alignment[(room < cost[:, None]).any(axis=0)] = -np.inf
+            best = int(alignment.argmax())
+            if alignment[best] == -np.inf:
+                left_over.append(i)
+                continue
         members[best].append(i)
-        room[:, best] -= costs[i]
-        missing[:, best] -= shares[i, :, 0]
-        length[best] = max(np.sqrt((missing[:, best] ** 2).sum()), 1e-9)
+        room[:, best] -= cost
+        column = missing[:, best]
+        column -= shares[i, :, 0]
+        length[best] = max(math.sqrt((column * column).sum()), 1e-9)
     return members, np.sort(np.array(left_over, dtype=np.int64))

@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
 
 from fvlm.data.capacities import REFUSALS, Capacities
+from fvlm.data.mixture import Mixture
 from fvlm.data.order import SampleOrder, seeded_permutation
 from fvlm.data.packing import pack_samples
-from fvlm.data.table import DIMENSIONS, OBJECTIVES, Mixture, SampleTable, sample_costs
+from fvlm.data.table import DIMENSIONS, OBJECTIVES, SampleTable, sample_costs
 
 __all__ = ["START", "Capacities", "Mixture", "Pack", "Plan", "PlanState", "SampleTable", "Step"]
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class Step:
     index: int
     packs: list[Pack]
     """Padded with empty packs at the very end of the plan."""
-    planned_labels: int
-    """Loss tokens of all packs: the loss denominator on every rank."""
+    planned: int
+    """Loss tokens of all packs, or pairs with `dpo`: the loss denominator on every rank."""
     samples: int
     samples_seen_before: int
     samples_seen: int
@@ -92,7 +93,7 @@ class Plan:
         """`total_samples` positions of the order are planned, in windows of about `window` (an epoch of natural
         weights is cut evenly, so that it ends with a window).
 
-        Raises ValueError for an unknown objective, sizes below 1, a mixture that does not match the table's sources,
+        Raises ValueError for an unknown objective, sizes below 1, a mixture that the table cannot give for so long,
         and a table without a single sample that fits the capacities.
         """
         if objective not in OBJECTIVES:
@@ -102,6 +103,8 @@ class Plan:
         self.table, self.mixture, self.capacities = table, mixture, capacities
         self.objective, self.seed, self.total_samples = objective, seed, total_samples
         self._order = SampleOrder(table, mixture, seed)
+        self.notes = self._order.notes(total_samples)
+        """What a reader of the run should know of its mixture: parts left out, sources used up."""
         self._window_size = window
         self._refused: dict[int, Counter] = {}
         self._require_admissible()
@@ -119,6 +122,10 @@ class Plan:
     def refused(self) -> Counter:
         """Samples refused in the windows planned so far in this process, by reason."""
         return sum(self._refused.values(), Counter())
+
+    def mixture_shares(self) -> dict[str, float]:
+        """Source -> share of the samples before packing, in the long run."""
+        return self._order.shares()
 
     def window_bounds(self, window: int) -> tuple[int, int]:
         """First position of a window in the order, and the one after its last."""
@@ -163,20 +170,30 @@ class Plan:
                 seen = self.window_bounds(window)[1] if is_last else seen + packs[number].samples
                 if len(pending) == packs_per_step:
                     place = (window + 1, 0) if is_last else (window, number + 1)
-                    yield _step(index, pending, before, PlanState(*place, index + 1, seen))
+                    yield self._step(index, pending, before, PlanState(*place, index + 1, seen))
                     before, index, pending = seen, index + 1, []
             seen = self.window_bounds(window)[1]
         if pending:
             pending += [EMPTY_PACK] * (packs_per_step - len(pending))
-            yield _step(index, pending, before, PlanState(self.num_windows, 0, index + 1, seen))
+            yield self._step(index, pending, before, PlanState(self.num_windows, 0, index + 1, seen))
+
+    def _step(self, index: int, packs: list[Pack], before: int, state: PlanState) -> Step:
+        samples = sum(pack.samples for pack in packs)
+        return Step(
+            index=index,
+            packs=packs,
+            planned=samples if self.objective == "dpo" else sum(pack.labels for pack in packs),
+            samples=samples,
+            samples_seen_before=before,
+            samples_seen=state.samples_seen,
+            state=state,
+        )
 
     def fingerprint(self) -> str:
         """16 hex digits that change with anything the packs depend on: a resumed run must find its own plan."""
         digest = hashlib.sha256(repr((self.seed, self.objective, self._window_size)).encode())
         digest.update(repr((self.total_samples, asdict(self.mixture), astuple(self.capacities))).encode())
-        for field in fields(self.table):
-            column = getattr(self.table, field.name)
-            digest.update(column if isinstance(column, np.ndarray) else repr(column).encode())
+        digest.update(self.table.digest().encode())
         return digest.hexdigest()[:16]
 
     def _window_start(self, window: int) -> int:
@@ -190,23 +207,11 @@ class Plan:
         """An early, clear error where every sample would be refused; stops at the first chunk with a good one."""
         reasons = Counter()
         for start in range(0, len(self.table), _CHUNK):
-            rows = np.arange(start, min(start + _CHUNK, len(self.table)))
-            layouts = np.zeros(len(rows), np.uint8)
-            costs = sample_costs(self.table, rows, layouts, self.mixture, self.objective)
+            stop = min(start + _CHUNK, len(self.table))
+            layouts = np.zeros(stop - start, np.uint8)
+            costs = sample_costs(self.table, slice(start, stop), layouts, self.mixture, self.objective)
             refusals = self.capacities.refusals(costs)
             if (refusals == 0).any():
                 return
             reasons.update(REFUSALS[reason] for reason in refusals)
         raise ValueError(f"all {len(self.table)} samples are refused: {dict(reasons)}; capacities: {self.capacities}")
-
-
-def _step(index: int, packs: list[Pack], before: int, state: PlanState) -> Step:
-    return Step(
-        index=index,
-        packs=packs,
-        planned_labels=sum(pack.labels for pack in packs),
-        samples=sum(pack.samples for pack in packs),
-        samples_seen_before=before,
-        samples_seen=state.samples_seen,
-        state=state,
-    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 
+from fvlm.data.chat import TextCounts
 from fvlm.data.shard import KINDS
 from fvlm.data.table import SampleTable
 
-COUNT_NAMES = ("tokens", "head", "answer", "narrated_tokens", "narrated_answer", "narrated_tail")
+COUNT_NAMES = tuple(field.name for field in fields(TextCounts))
 
 # source: (share, kind, frames from..to, mean and deviation of the logarithm of the text's length)
 STAGE_2 = {
@@ -52,4 +55,6 @@ def draw_table(num_samples: int, sources=None, seed: int = 0, shard_size: int = 
         narrated_tokens=np.where(is_narrated, head + 8 + said * num_frames, 0).astype(np.int32),
         narrated_answer=np.where(is_narrated, said * num_frames + 1, 0).astype(np.int32),
         narrated_tail=np.where(is_narrated, said + 2, 0).astype(np.int32),
+        rejected_tokens=np.zeros(num_samples, np.int32),
+        rejected_answer=np.zeros(num_samples, np.int32),
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import fvlm.data.loader
+import fvlm.data.reader
 from fvlm.data.capacities import Capacities
 from fvlm.data.chat import load_tokenizer
 from fvlm.data.errors import SampleError
@@ -67,7 +67,7 @@ def sequence(shards, world_size=1, num_workers=0, skip_steps=0):
     ranks = [list(make_loader(shards, rank=rank, **options)) for rank in range(world_size)]
     packs = []
     for steps in zip(*ranks, strict=True):
-        assert len({(loaded.step.index, loaded.step.planned_labels) for loaded in steps}) == 1
+        assert len({(loaded.step.index, loaded.step.planned) for loaded in steps}) == 1
         for number in range(4 // world_size):
             packs += [(loaded.keys[number], digest(loaded.batches[number])) for loaded in steps]
     return packs
@@ -111,7 +111,7 @@ def test_batches_hold_the_right_samples(shards):
         for batch in loaded.batches:
             batch.validate()
         labels = sum(int((batch.labels >= 0).sum()) for batch in loaded.batches)
-        assert (labels, loaded.skipped) == (loaded.step.planned_labels, Counter())
+        assert (labels, loaded.skipped) == (loaded.step.planned, Counter())
     found = samples_by_key(steps)
     for number in range(60):
         token_ids, labels, pixels = found[f"s{number:03d}"]
@@ -141,15 +141,15 @@ def test_a_damaged_sample_moves_nobody(shards, num_workers, caplog):
             assert new_keys == [key for key in old_keys if key != "s021"]
             assert (digest(old_batch) == digest(new_batch)) == ("s021" not in old_keys)
             new_batch.validate()
-        assert new.step.planned_labels == old.step.planned_labels
+        assert new.step.planned == old.step.planned
     old, new = samples_by_key(before), samples_by_key(after)
     assert old.pop("s021")
     assert old == new
     (lost,) = [sample for loaded in after for sample in loaded.lost]
-    assert (lost.shard, lost.key, lost.reason) == (str(shards[1]), "s021", "bad_jpeg")
-    assert sum((loaded.skipped for loaded in after), Counter()) == Counter(bad_jpeg=1)
+    assert (lost.shard, lost.key, lost.reason) == (str(shards[1]), "s021", "changed_bytes")
+    assert sum((loaded.skipped for loaded in after), Counter()) == Counter(changed_bytes=1)
     assert "s021" in caplog.text
-    assert "bad_jpeg" in caplog.text
+    assert "changed_bytes" in caplog.text
 
 
 def test_other_damage_has_its_reason(shards):
@@ -168,7 +168,7 @@ def test_other_damage_has_its_reason(shards):
     reasons = Counter()
     for loaded in loader:
         reasons += loaded.skipped
-    assert reasons == Counter(truncated_shard=1, index_mismatch=1, unreadable_shard=12)
+    assert reasons == Counter(truncated_shard=1, changed_bytes=1, unreadable_shard=12)
 
 
 def test_too_many_lost_samples_stop_the_run(shards):
@@ -189,16 +189,16 @@ def test_fewer_than_ten_lost_samples_stop_no_run(shards):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_worker_error_surfaces_with_its_message(shards, num_workers, monkeypatch):
-    def fail(content, size):
+    def fail(pixels, content):
         raise ArithmeticError("the decoder is broken")
 
-    monkeypatch.setattr(fvlm.data.loader, "decode_jpeg", fail)
+    monkeypatch.setattr(fvlm.data.reader, "decode_jpeg_into", fail)
     with pytest.raises(ArithmeticError, match="the decoder is broken"):
         list(make_loader(shards, num_workers=num_workers))
 
 
 def test_a_killed_worker_ends_the_run(shards, monkeypatch):
-    monkeypatch.setattr(fvlm.data.loader, "decode_jpeg", lambda content, size: os._exit(1))
+    monkeypatch.setattr(fvlm.data.reader, "decode_jpeg_into", lambda pixels, content: os._exit(1))
     with pytest.raises(RuntimeError, match="worker"):
         list(make_loader(shards, num_workers=1))
 

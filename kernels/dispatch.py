@@ -100,7 +100,7 @@ def _log_once(op: str, name: str, probe: Tensor, passed_over: list[str]) -> None
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's precision where it is on, as torch's own products and attention take them."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)

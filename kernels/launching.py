@@ -63,6 +63,8 @@ def refuses_triton(probe: Tensor, named: bool) -> str | None:
         return f"Triton kernels take bfloat16, float16 and float32, not {str(probe.dtype).removeprefix('torch.')}"
     if probe.device.type == "cuda":
         return None
+    if named and probe.is_meta:
+        return None  # shapes alone: what a dry run of the memory asks for
     if not named:
         return "Triton needs a GPU"
     return None if interpreted() else "Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1 before the start)"
@@ -105,10 +107,10 @@ def launch(kernel: Any, num_programs: int, tiles: Tiles, **arguments: Any) -> No
 
 
 @contextmanager
-def recording() -> Iterator[Recording]:
-    """Collect launches instead of running them."""
+def recording(into: Recording | None = None) -> Iterator[Recording]:
+    """Collect launches instead of running them, in ``into`` where the caller brings its own."""
     global _recorded
-    _recorded = Recording()
+    _recorded = Recording() if into is None else into
     try:
         yield _recorded
     finally:

@@ -10,11 +10,11 @@ from tests.kernels.tolerances import BACKWARD, FORWARD
 
 
 def worst(got, reference):
-    """Largest error relative to the largest value; inputs are unit normal, so below 0.05 a value has cancelled."""
+    """Largest error relative to the largest value; below 0.2 it has cancelled: its terms are of size √k, up to 11."""
     got, reference = got.detach().double().cpu(), reference.detach().double().cpu()
     if reference.numel() == 0:
         return 0.0 if got.shape == reference.shape else float("inf")
-    error = float((got - reference).abs().max() / reference.abs().max().clamp(min=0.05))
+    error = float((got - reference).abs().max() / reference.abs().max().clamp(min=0.2))
     return error if error == error else float("inf")
 
 

@@ -7,6 +7,9 @@ import math
 import pytest
 import torch
 
+with torch.device("meta"):  # torch notes here, once, which functions a device context redirects: the unpoisoned ones
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):

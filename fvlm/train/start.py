@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
+import os
 import random
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -20,11 +26,53 @@ from fvlm.train.engine import World
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
+
 
 def seed_everything(seed: int, rank: int) -> None:
     """Random states of a fresh run, different on each rank."""
     random.seed(seed + rank)
     torch.manual_seed(seed + rank)
+
+
+@contextmanager
+def alone_in(folder: Path, world: World) -> Iterator[None]:
+    """Keep other runs out of `folder` while the `with` block lasts; collective.
+
+    The kernel holds the lock for rank 0's process and lets go of it when that ends, however it ends; a lock file that a
+    dead run left behind therefore stands in nobody's way. Raises ConfigError, on all ranks, where a run is at work.
+    """
+    file, problem = _lock(folder / LOCK) if world.is_main else (None, None)
+    problem = world.broadcast(problem)
+    if problem is not None:
+        raise ConfigError(problem)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(path: Path) -> tuple[IO[str] | None, str | None]:
+    """(the locked file, None), or (None, who has it); no lock, and a warning, where the file system knows none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.warning("%s: %s; a second run in this folder would not be noticed", path, error)
+            return file, None
+        file.seek(0)
+        owner = file.read().strip() or "of unknown host and process"
+        file.close()
+        return None, (
+            f"{path.parent}: a run is at work there already ({owner}); wait for it, stop it, or choose another --out"
+        )
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    return file, None
 
 
 def find_start(
@@ -34,8 +82,10 @@ def find_start(
 
     `data` is `TrainingData.identity()`. Damaged checkpoints are reported and passed over.
 
-    Raises ConfigError if the ranks disagree; if the newest valid checkpoint is of another configuration, data set,
-    number of ranks, ZeRO stage or dtype; if there are several and none is valid. It says what to do.
+    Another number of ranks or ZeRO stage than the checkpoint's is no obstacle: `CheckpointStore.load` reshapes it.
+
+    Raises ConfigError if the ranks disagree; if the newest valid checkpoint is of another configuration, data set or
+    dtype; if there are several and none is valid. It says what to do.
     """
     seen = world.gather((config_hash(config), data, zero_stage, dtype))
     if different := [rank for rank, found in enumerate(seen) if found != seen[0]]:
@@ -80,13 +130,11 @@ def _require_same(state: RunState, fresh: RunState, found: Path, config: RunConf
         raise ConfigError(
             f"{found} was made from other data ({state.data}; now {fresh.data}); restore it, or {_start_over(config)}"
         )
-    for name, what in (("world_size", "ranks"), ("zero_stage", "ZeRO stage"), ("dtype", "dtype")):
-        before, now = getattr(state, name), getattr(fresh, name)
-        if before != now:
-            raise ConfigError(
-                f"{found} was made with {what} {before}, this start has {what} {now}; start it as before: "
-                f"its optimizer state is not converted. Its weights serve any run as init_from={found}"
-            )
+    if state.dtype != fresh.dtype:
+        raise ConfigError(
+            f"{found} was made with dtype {state.dtype}, this start has dtype {fresh.dtype}, which is another curve; "
+            f"set train.dtype={state.dtype}. Its weights serve any run as init_from={found}"
+        )
 
 
 def _start_over(config: RunConfig) -> str:

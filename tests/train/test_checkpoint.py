@@ -30,6 +30,7 @@ from fvlm.train.start import find_start
 
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 DATA = {"plan": "p", "samples": 10}
+ENGINE_FILE = "engine/rank-00000.safetensors"
 
 
 class TwoAlike(World):
@@ -49,13 +50,22 @@ class TwoUnlike(World):
 class StubEngine:
     """Writes files where an engine would."""
 
-    def save(self, folder: Path) -> None:
-        (folder / "engine").mkdir()
-        (folder / "engine" / "state.pt").write_bytes(random.Random(1).randbytes(10_000))
+    num_bytes = 10_007
+    stage = 2
 
-    def write_weights(self, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"weights")
+    def snapshot(self) -> StubEngine:
+        return self
+
+    def files(self) -> dict:
+        def write_weights(folder: Path) -> None:
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(b"weights")
+
+        state = random.Random(1).randbytes(10_000)
+        return {ENGINE_FILE: lambda path: path.write_bytes(state), "weights": write_weights}
+
+    def load(self, folder: Path) -> None:
+        pass
 
 
 def state(step: int, config, **changes) -> RunState:
@@ -77,7 +87,9 @@ def store(config):
 
 def save(store, config, *steps, best=()):
     for step in steps:
-        store.save(StubEngine(), state(step, config), config, best=step in best)
+        found = {"score": float(step), "step": step, "metrics": {}} if step in best else None
+        store.save(StubEngine(), state(step, config, best=found), config, best=step in best)
+        store.settle(required_step=step)
 
 
 def start(config, store, **changes):
@@ -102,9 +114,9 @@ def flip(file: Path) -> None:
 
 
 DAMAGES = {
-    "truncated": lambda path: (path / "engine/state.pt").write_bytes((path / "engine/state.pt").read_bytes()[:-1]),
+    "truncated": lambda path: (path / ENGINE_FILE).write_bytes((path / ENGINE_FILE).read_bytes()[:-1]),
     "emptied": lambda path: (path / "state.json").write_bytes(b""),
-    "byte flipped": lambda path: flip(path / "engine/state.pt"),
+    "byte flipped": lambda path: flip(path / ENGINE_FILE),
     "file missing": lambda path: (path / "weights/model.safetensors").unlink(),
     "manifest missing": lambda path: (path / "manifest.json").unlink(),
     "manifest cut": lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text()[:-9]),
@@ -124,7 +136,7 @@ def test_a_damaged_newest_is_reported_and_the_previous_used(config, store, kind,
 
 def test_saving_again_over_a_damaged_one_publishes_the_new(config, store):
     save(store, config, 1, 2)
-    flip(store.folder / "step-00000002/engine/state.pt")
+    flip(store.folder / "step-00000002" / ENGINE_FILE)
     save(store, config, 2)
     assert start(config, store)[0].step == 2
 
@@ -137,25 +149,48 @@ def test_an_unfinished_save_is_not_seen_and_later_removed(config, store):
     assert not list(store.folder.glob(".tmp-*"))
 
 
-def test_a_lost_best_pointer_is_restored_on_resume(config, store):
-    class Loads(StubEngine):
-        def load(self, folder):
-            pass
+@pytest.mark.parametrize("lost", ["best", "latest"])
+def test_a_lost_pointer_is_restored_on_resume(config, store, lost):
+    save(store, config, 1, 2, 3, best=(1,))
+    (store.folder / lost).unlink()
+    found, path = start(config, store)
+    store.load(StubEngine(), path, replace(found, best={"score": 1.0, "step": 1, "metrics": {}}))
+    assert read_pointer(store.folder / "best") == "step-00000001"
+    assert read_pointer(store.folder / "latest") == "step-00000003"
+    save(store, config, 4)
+    assert [path.name for path in published(store.folder)] == ["step-00000001", "step-00000003", "step-00000004"]
 
-    best = {"score": 1.0, "step": 3, "metrics": {}}
-    path = store.save(StubEngine(), state(3, config, best=best), config, best=True)
-    (store.folder / "best").unlink()
-    store.load(Loads(), path, read_state(path))
-    assert read_pointer(store.folder / "best") == path.name
+
+def test_a_pointer_to_a_damaged_newest_is_turned_back(config, store):
+    save(store, config, 1, 2, best=(1, 2))
+    flip(store.folder / "step-00000002" / ENGINE_FILE)
+    found, path = start(config, store)
+    store.load(StubEngine(), path, found)
+    assert read_pointer(store.folder / "best") == read_pointer(store.folder / "latest") == "step-00000001"
+
+
+def test_steps_that_the_run_has_turned_back_from_are_removed(config, store):
+    """Damaged and passed over, or of a run that was rolled back: neither counts among the newest two."""
+    save(store, config, 1, 5, 9, 7)
+    assert [path.name for path in published(store.folder)] == ["step-00000005", "step-00000007"]
+    assert start(config, store)[0].step == 7
+
+
+def test_of_another_format_is_said_and_passed_over(config, store, caplog):
+    save(store, config, 1, 2)
+    manifest = store.folder / "step-00000002/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+    assert start(config, store)[0].step == 1
+    assert "format 1, this program reads 2" in caplog.text
 
 
 def test_no_checkpoint_or_one_damaged_one_starts_afresh_but_several_damaged_ones_stop(config, store):
     assert start(config, store)[1] is None
     save(store, config, 1)
-    flip(store.folder / "step-00000001/engine/state.pt")
+    flip(store.folder / "step-00000001" / ENGINE_FILE)
     assert start(config, store)[1] is None
     save(store, config, 2)
-    flip(store.folder / "step-00000002/engine/state.pt")
+    flip(store.folder / "step-00000002" / ENGINE_FILE)
     with pytest.raises(ConfigError, match=r"none of its 2 checkpoints is valid.*--out"):
         start(config, store)
 
@@ -167,12 +202,25 @@ def test_another_run_in_the_same_folder_is_refused_with_the_difference(config, s
         start(other, store)
     with pytest.raises(ConfigError, match=r"other data.*'samples': 10"):
         start(config, store, data={**DATA, "samples": 11})
-    with pytest.raises(ConfigError, match="made with ranks 1, this start has ranks 2"):
-        start(config, store, world=TwoAlike(rank=0, size=2, local_rank=0, device=WORLD.device))
-    with pytest.raises(ConfigError, match="made with ZeRO stage 2, this start has ZeRO stage 3"):
-        start(config, store, zero_stage=3)
     with pytest.raises(ConfigError, match="made with dtype fp32, this start has dtype bf16"):
         start(config, store, dtype="bf16")
+
+
+def test_other_ranks_and_another_stage_resume_and_say_so(config, store, caplog):
+    """Random states of ranks that were not there before: from the seed, the step and the rank."""
+    save(store, config, 7)
+    world = TwoAlike(rank=1, size=2, local_rank=1, device=WORLD.device)
+    found, path = start(config, store, world=world, zero_stage=3)
+    engine, drawn = StubEngine(), []
+    engine.stage = 3
+    for rank, before in ((1, 1), (1, 1), (0, 1), (1, 4)):
+        other = TwoAlike(rank=rank, size=2, local_rank=rank, device=WORLD.device)
+        with caplog.at_level("INFO"):
+            CheckpointStore(store.folder, other).load(engine, path, replace(found, world_size=before))
+        drawn.append((random.random(), torch.rand(3).tolist()))
+    assert "checkpoint of 1 rank, ZeRO-2: reshaped to 2 ranks, ZeRO-3" in caplog.text
+    assert drawn[0] == drawn[1] == drawn[3] != drawn[2]
+    assert drawn[0][0] != drawn[2][0]
 
 
 def test_ranks_that_see_different_things_are_refused(config, store):

@@ -34,6 +34,21 @@ MODES = ("coarse_fine", "coarse_only", "autoregressive")
 CONNECTOR = ("q_static", "q_init", "dino_to_llm.", "llm_to_query.", "encoder.query_", "encoder.output_proj.")
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its weights in `dtype`, changed in place and returned; buffers stay as they are.
+
+    Rotary frequencies are buffers: rounded to bfloat16, late positions would be turned by wrong angles.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def spread(count: int, share: float) -> tuple[bool, ...]:
+    """Which of ``count`` blocks are chosen, so that ``share`` of any first ones are: (False, True) for 2 and 0.5."""
+    return tuple(int((i + 1) * share + 1e-9) > int(i * share + 1e-9) for i in range(count))
+
+
 def _attention(module, query, key, value, attention_mask, cu_seqlens=None, max_seqlen=None, **kwargs):
     """transformers' attention interface: packed rows go to ``varlen_attention``, cached decoding to SDPA."""
     if cu_seqlens is None:
@@ -215,14 +230,29 @@ class VisionLanguageModel(PreTrainedModel):
                 groups[group].append((name, parameter))
         return groups
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute each block of language model and encoder in the backward pass (non-reentrant)."""
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, *, encoder: float = 1.0, llm: float = 1.0
+    ) -> None:
+        """Recompute blocks in the backward pass (non-reentrant).
+
+        Args:
+            gradient_checkpointing_kwargs: None or ``{"use_reentrant": False}``, as transformers' callers pass it.
+            encoder, llm: share of the part's blocks, spread evenly: 1 = all, 0.5 = every second, 0 = none.
+
+        Raises:
+            ValueError: another mode, or a share outside of [0, 1].
+        """
         if gradient_checkpointing_kwargs not in (None, {"use_reentrant": False}):
             raise ValueError(
                 f"gradient_checkpointing_kwargs={gradient_checkpointing_kwargs}: only non-reentrant is supported"
             )
+        for name, share in (("encoder", encoder), ("llm", llm)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share}: expected a share of its blocks, between 0 and 1")
         self.llm.gradient_checkpointing_enable({"use_reentrant": False})
-        self.encoder.gradient_checkpointing = True
+        for layer, chosen in zip(self.llm.model.layers, spread(len(self.llm.model.layers), llm), strict=True):
+            layer.gradient_checkpointing = chosen
+        self.encoder.recomputed = spread(len(self.encoder.dino.encoder.layer), encoder)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: modules are initialised where they are made."""
@@ -275,8 +305,11 @@ class VisionLanguageModel(PreTrainedModel):
         convert.load_into(model, convert.read_state_dict(weights), str(weights))
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path, **_) -> None:
-        """Write ``config.json`` and ``model.safetensors`` under the published parameter names, tied head once."""
+    def save_pretrained(self, folder: str | Path, *, state_dict: dict[str, Tensor] | None = None, **_) -> None:
+        """Write ``config.json`` and ``model.safetensors`` under the published parameter names, tied head once.
+
+        ``state_dict`` replaces the model's own weights, such as a copy of them from before.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
-        convert.write_safetensors(self, Path(folder) / "model.safetensors")
+        convert.write_safetensors(self, Path(folder) / "model.safetensors", state_dict)

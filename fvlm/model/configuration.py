@@ -110,3 +110,49 @@ def tiny_config(vocab_size: int, **overrides) -> FoveatedConfig:
         initializer_range=0.12,
     )
     return FoveatedConfig(llm_config=llm_config, vision_config=vision_config, **overrides)
+
+
+def preset_config(preset: str, **overrides) -> FoveatedConfig:
+    """The geometry of ``135m``, ``360m`` or ``1b7`` as published, for work that needs no weights, such as planning.
+
+    Args:
+        preset: one of :data:`PRESETS`.
+        overrides: further fields of :class:`FoveatedConfig`.
+
+    Raises:
+        ValueError: another preset.
+    """
+    _require(preset in PRESETS, "preset", f"one of {', '.join(PRESETS)}", preset)
+    width, inner, layers, heads, kv_heads, theta = PRESETS[preset]
+    llm_config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    vision_config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        mlp_ratio=4,
+        image_size=518,
+        patch_size=14,
+    )
+    return FoveatedConfig(llm_config=llm_config, vision_config=vision_config, **overrides)
+
+
+# SmolLM2-Instruct's config.json: width, MLP width, layers, heads, key/value heads, rope θ
+PRESETS = {
+    "135m": (576, 1536, 30, 9, 3, 100_000.0),
+    "360m": (960, 2560, 32, 15, 5, 100_000.0),
+    "1b7": (2048, 8192, 24, 32, 32, 130_000.0),
+}

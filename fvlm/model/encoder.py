@@ -87,7 +87,8 @@ class FoveatedEncoder(nn.Module):
         self.query_logit_scale = nn.Parameter(torch.ones(1)) if learnable else config.query_logit_scale
         if config.architecture == "foveated":
             self.query_input_proj = nn.Linear(config.query_dim, width, bias=False)
-        self.gradient_checkpointing = False
+        self.recomputed = (False,) * len(self.dino.encoder.layer)
+        """For each block, whether the backward pass computes it again."""
 
     # -- frames ---------------------------------------------------------------------------------------------------
 
@@ -102,15 +103,15 @@ class FoveatedEncoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
             x = self.embed(frames)
         num_keys = x.shape[1]
-        layers = self.dino.encoder.layer
+        num_layers = len(self.dino.encoder.layer)
         rides = coarse_query is not None and self.deep and self.trains
         if rides:
             rider = self.query_input_proj(coarse_query).to(x.dtype).expand(len(x), 1, -1)
             x = torch.cat([x, rider], dim=1)
         keys, values = [], []
-        for index, layer in enumerate(layers):
-            last = self.deep and not features and index == len(layers) - 1
-            x, key, value = self._run_block(layer, x, num_keys, last)
+        for index in range(num_layers):
+            last = self.deep and not features and index == num_layers - 1
+            x, key, value = self._run_block(index, x, num_keys, last)
             keys.append(key)
             values.append(value)
         encoded = EncodedFrames(layer_keys=keys, layer_values=values)
@@ -143,16 +144,19 @@ class FoveatedEncoder(nn.Module):
             std = torch.tensor(PIXEL_STD, dtype=exact, device=weight.device).view(1, 3, 1, 1)
             bias = (bias - (weight * (mean / std)).sum((1, 2, 3))).to(weight.dtype)
             weight = (weight / (255 * std)).to(weight.dtype)
-        patches = F.conv2d(frames.to(weight.dtype), weight, bias, stride=projection.stride).flatten(2).transpose(1, 2)
+        # a loaded pack's frames lie as JPEGs are decoded, pixel by pixel; converting them puts them into planes
+        frames = frames.to(weight.dtype, memory_format=torch.contiguous_format)
+        patches = F.conv2d(frames, weight, bias, stride=projection.stride).flatten(2).transpose(1, 2)
         x = torch.cat([embeddings.cls_token.expand(len(frames), -1, -1), patches], dim=1)
         return x + embeddings.interpolate_pos_encoding(x, frames.shape[2], frames.shape[3])
 
-    def _run_block(self, layer: nn.Module, x: Tensor, num_keys: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._block, layer, x, num_keys, last, use_reentrant=False)
+    def _run_block(self, index: int, x: Tensor, num_keys: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+        layer = self.dino.encoder.layer[index]
         if not self.trains:
             with torch.no_grad():
                 return self._block(layer, x, num_keys, last)
+        if self.recomputed[index] and self.training and torch.is_grad_enabled():
+            return checkpoint(self._block, layer, x, num_keys, last, use_reentrant=False)
         return self._block(layer, x, num_keys, last)
 
     def _block(self, layer: nn.Module, x: Tensor, num_keys: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:

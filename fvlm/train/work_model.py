@@ -1,0 +1,131 @@
+"""How long a step takes, predicted: necessary operations at an assumed utilisation, launches, and transfers.
+
+Nothing here was measured; bf16 throughout. Every assumption is a constant with its source, and what a benchmark
+measured replaces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fvlm.model import FoveatedConfig
+from fvlm.model.flops import Flops, pack_flops
+from fvlm.train.gpus import Gpu
+from fvlm.train.memory import Parameters
+from fvlm.train.zero_config import zero_stage
+from fvlm.train_config import CheckpointingConfig
+
+# Share of the peak that forward, backward and recomputation reach while the GPU computes. Public figures for models of
+# these sizes: ViT-S training 23 %, small language models 41 to 50 % (nanochat d12, Megatron and picotron 1.7B); ours is
+# a ViT-S with a language model of 135M, 360M or 1.7B, weighted by their work.
+ASSUMED_MFU = {"135m": 0.25, "360m": 0.30, "1b7": 0.40}
+LAUNCH_SECONDS = 6e-6  # of an operation in eager mode; torch's own overhead is 5 to 10 µs on current processors
+LINK_SHARE = 0.7  # of a link's rate that large collectives reach
+HOST_SHARE = 0.8  # of PCIe's that pinned copies reach
+HOST_MEMORY = 60e9  # bytes a second of the host's memory that one rank's CPU optimizer gets
+ADAM_BYTES = 28  # read and written a parameter: master, two moments, gradient
+FILL = 0.97  # of a pack's rows (a simulated stage-2 mix: 97 % of frames, 99 % of tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A stage's mean sample. Assumed; `launch/plan.py --propose` finds the real one from an index."""
+
+    frames: float
+    """Distinct frames."""
+    visual: float
+    """Visual tokens."""
+    tokens: float
+    """All tokens, the visual ones too."""
+    coarse: float
+    """Of these, up to the last visual token."""
+    labels: float
+
+
+SAMPLES = {
+    # one caption of about 150 tokens on a clip of about 8 frames; 14 % text of about 400
+    "stage1": Sample(frames=7, visual=7, tokens=220, coarse=25, labels=210),
+    # 4.6 distinct frames and 180 to 250 tokens a sample, stills looked at 8 times, answers labelled
+    "stage2": Sample(frames=4.6, visual=12, tokens=215, coarse=30, labels=90),
+    # a still looked at 8 times, question and two answers of about 100 tokens: a pair is one sample here
+    "dpo": Sample(frames=1, visual=16, tokens=330, coarse=40, labels=200),
+}
+TOTAL_SAMPLES = {"stage1": 1_000_000, "stage2": 1_000_000, "dpo": 83_000}
+
+
+def sample_flops(geometry: FoveatedConfig, sample: Sample) -> Flops:
+    """Forward operations of a mean sample."""
+    return pack_flops(
+        geometry,
+        num_frames=sample.frames,
+        lengths=[sample.tokens],
+        coarse_lengths=[sample.coarse],
+        num_visual=sample.visual,
+        num_labels=sample.labels,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one step, predicted."""
+
+    compute: float
+    """Forward, backward, recomputation: operations at the assumed utilisation, or launches where these take longer."""
+    communication: float
+    """Between ranks, not hidden behind anything."""
+    offload: float
+    """Transfers to and from the host, and its optimizer."""
+    optimizer: float
+    samples: float
+    necessary_flops: float
+    """Of one rank."""
+
+    @property
+    def seconds(self) -> float:
+        """All of it, one after the other."""
+        return self.compute + self.communication + self.offload + self.optimizer
+
+
+def step_time(
+    geometry: FoveatedConfig,
+    parameters: Parameters,
+    sample: Sample,
+    gpu: Gpu,
+    *,
+    tokens: int,
+    micro_batches: int,
+    ranks: int,
+    zero: Mapping[str, Any],
+    checkpointing: CheckpointingConfig,
+    num_ops: int,
+    mfu: float,
+) -> StepTime:
+    """Time of a step of `micro_batches` packs of `tokens` rows on each rank."""
+    samples = FILL * tokens / sample.tokens
+    flops = sample_flops(geometry, sample)
+    again = checkpointing.encoder * flops.encoder + checkpointing.llm * (flops.coarse_llm + flops.fine_llm)
+    busy = samples * (flops.training + again) / (gpu.peak * mfu)
+    compute = micro_batches * max(busy, num_ops * LAUNCH_SECONDS)
+    stage = zero_stage(dict(zero), "bf16")
+    offloaded = zero.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    share = parameters.trained / ranks
+    passed_on = (ranks - 1) / ranks * parameters.trained / (gpu.link * LINK_SHARE)  # seconds a byte of each parameter
+    if stage < 2:  # fp32 sums reduced and handed out once, then the bf16 weights
+        communication = passed_on * (2 * 4 + 2)
+    else:  # gradients reduced in every micro-batch; weights once a step, in ZeRO-3 for both passes of each micro-batch
+        gathers = 2 * micro_batches if stage == 3 else 1
+        communication = passed_on * (4 * micro_batches + 2 * gathers)
+    offload = 0.0
+    if offloaded:  # bf16 sums go down and up in every micro-batch, the weights up once
+        moved = (4 * micro_batches + 2) * share
+        offload = moved / (gpu.host * HOST_SHARE) + ADAM_BYTES * share / HOST_MEMORY
+    return StepTime(
+        compute=compute,
+        communication=communication,
+        offload=offload,
+        optimizer=0.0 if offloaded else ADAM_BYTES * share / gpu.bandwidth,
+        samples=samples * micro_batches * ranks,
+        necessary_flops=samples * flops.training * micro_batches,
+    )

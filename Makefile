@@ -39,7 +39,9 @@ demo: install  ## draw clips, prepare, train, evaluate, report: under ten minute
 
 demo-real: install  ## the same road on real videos and photos: REAL=path/to/manifest.jsonl
 	$(PREPARE) --manifest $(REAL) --out demo/shards/real
-	$(TRAIN) --config tiny --ds_config zero2.json name=real data.train=[demo/shards/real] data.val=[demo/shards/real]
+	rm -rf demo/shards/real-val  # drawn anew from what was prepared now
+	$(BIN)/python -m data_prep.validation --shards demo/shards/real --out demo/shards/real-val --samples 6
+	$(TRAIN) --config tiny --ds_config zero2.json name=real data.train=[demo/shards/real] data.val=[demo/shards/real-val]
 	$(BIN)/python launch/evaluate.py --checkpoint runs/real
 	$(BIN)/python launch/report.py runs/real
 	@echo; echo "Look at runs/real/report.md"

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import yaml
 
-from fvlm.schema import ConfigError, apply_override, build, read_mapping
+from fvlm.data.mixture import MixtureConfig, name_base, read_base
+from fvlm.schema import OPERATIONAL, apply_override, build, read_mapping, require, resolve
+from fvlm.train_config import TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-GROUPS = ("connector", "dino", "llm")
 FIGURES = ("val_loss", "loss_fine", "loss_coarse", "loss_ratio", "attention_entropy")
 SMOLLM = "HuggingFaceTB/SmolLM2-{}-Instruct"
 BACKBONES = {
@@ -26,13 +27,6 @@ BACKBONES = {
     "360m": (SMOLLM.format("360M"), "facebook/dinov2-small"),
     "1b7": (SMOLLM.format("1.7B"), "facebook/dinov2-small"),
 }
-# Fields that change how a run is carried out, not what comes out of it: left out of the configuration's hash.
-_operational = {"metadata": {"operational": True}}
-
-
-def _require(condition: bool, key: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} = {value!r}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +60,10 @@ class ModelConfig:
         if self.preset == "tiny":
             given = {"model.llm": self.llm, "model.vision": self.vision}
             for key, value in given.items():
-                _require(value is None, key, value, "null with model.preset = tiny; choose 135m, 360m or 1b7")
-        _require(self.tokens_per_frame >= 1, "model.tokens_per_frame", self.tokens_per_frame, "at least 1")
+                require(value is None, key, value, "null with model.preset = tiny; choose 135m, 360m or 1b7")
+        require(self.tokens_per_frame >= 1, "model.tokens_per_frame", self.tokens_per_frame, "at least 1")
         size = self.image_size
-        _require(size is None or (size > 0 and size % 14 == 0), "model.image_size", size, "a multiple of the patch, 14")
+        require(size is None or (size > 0 and size % 14 == 0), "model.image_size", size, "a multiple of the patch, 14")
 
     @property
     def frame_size(self) -> int:
@@ -90,39 +84,17 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MixtureConfig:
-    """Which samples, in which layouts; see `fvlm.data.plan.Mixture`."""
-
-    weights: dict[str, float] | None = None
-    """Source → weight; null: as many of each as there are."""
-    text_share: float | None = None
-    """Share of text-only samples, spread evenly; null: as in the data."""
-    question_first: float = 0.0
-    """Share of visual chat samples whose question comes before the frames."""
-    narrated: float = 0.0
-    """Share, among samples with narration, laid out as text between frames."""
-    looks: int = 8
-    """Visual tokens of a still."""
-
-    def __post_init__(self) -> None:
-        for name in ("text_share", "question_first", "narrated"):
-            value = getattr(self, name)
-            _require(value is None or 0 <= value <= 1, f"data.mixture.{name}", value, "a share between 0 and 1")
-        _require(self.looks >= 1, "data.mixture.looks", self.looks, "at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Shards and how they become packs."""
 
     train: tuple[str, ...]
-    """Shard files, folders or globs; relative to the working directory."""
+    """Shard files, folders, globs or lists (docs/data.md); relative to the working directory, or URLs."""
     val: tuple[str, ...] = ()
-    """Same, for the fixed validation set; none: no evaluation."""
+    """Shard files, folders or globs of the fixed validation set, on this machine; none: no evaluation."""
     tokenizer: str | None = None
     """`tiny`, a Hugging Face id or a folder; null: the language model's own."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    """Mixture of the training samples."""
+    """Mixture of the training samples: name or file of one (`launch/configs/mixtures`), or keys, on top of a `base`."""
     tokens: int = 16384
     """Rows (text and visual tokens) a pack holds."""
     frames: int | Literal["auto"] = "auto"
@@ -133,106 +105,20 @@ class DataConfig:
     """Samples that are ordered and packed together."""
     max_bad_share: float = 0.01
     """Share of unreadable samples at which the run stops."""
-    num_workers: int = field(default=2, **_operational)
+    num_workers: int = field(default=2, **OPERATIONAL)
     """Reading processes of each rank; 0 reads in the training process."""
-    cache_dir: str | None = field(default=None, **_operational)
-    """Folder for the indexes of shards that come without one; null: such shards are an error."""
+    cache_dir: str | None = field(default=None, **OPERATIONAL)
+    """Folder for copies of remote shards, and for indexes of shards that come without one; null: both are an error."""
+    cache_gb: float = field(default=100.0, **OPERATIONAL)
+    """GB (1e9 bytes) of remote shards kept there; the least recently used ones go."""
 
     def __post_init__(self) -> None:
-        _require(len(self.train) > 0, "data.train", self.train, "at least one shard file, folder or glob")
+        require(len(self.train) > 0, "data.train", self.train, "at least one shard file, folder or glob")
         for name in ("tokens", "frames", "longest", "window"):
             value = getattr(self, name)
-            _require(value in ("auto", None) or value >= 1, f"data.{name}", value, "at least 1")
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupRate:
-    """Learning rate of one parameter group."""
-
-    base: float
-    """Rate after warm-up."""
-    target: float | None = None
-    """Rate at the end; for `schedule: converging` only."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LearningRates:
-    """One rate for each parameter group."""
-
-    connector: GroupRate
-    dino: GroupRate
-    llm: GroupRate
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """Objective, optimizer and schedule."""
-
-    total_samples: int
-    """Samples to see; the schedule ends exactly there."""
-    packs_per_step: int
-    """Packs of one optimizer step, over all ranks; divisible by their number."""
-    learning_rate: LearningRates
-    """Base and target rates by group."""
-    objective: Literal["ce_all", "ce_answer"] = "ce_all"
-    """Cross-entropy on all text tokens, or on answers only."""
-    mode: Literal["coarse_fine", "coarse_only"] = "coarse_fine"
-    """Mode that is trained; autoregressive is for deployment, one frame after the other."""
-    fine_iterations: tuple[int, ...] = (1,)
-    """Fine passes, taken in turn step by step."""
-    lambda_coarse: float = 0.0
-    """Weight of the same loss computed with coarse tokens."""
-    schedule: Literal["cosine", "constant", "converging", "hold_linear"] = "cosine"
-    """Shape of the learning rates over the run (`fvlm.train.schedule`)."""
-    warmup: float = 0.03
-    """Share of the samples over which the rates rise."""
-    weight_decay: float = 0.01
-    """AdamW's; norms, biases, queries and layer-scales are excluded."""
-    betas: tuple[float, ...] = (0.9, 0.999)
-    """AdamW's."""
-    eps: float = 1e-8
-    """AdamW's."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0: no clipping."""
-    freeze: tuple[Literal["connector", "dino", "llm"], ...] = ()
-    """Groups that are not trained."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more work."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
-    seed: int = 42
-    """Of the weights' initial values and of the data order."""
-    eval_every: int = field(default=500, **_operational)
-    """Steps between evaluations; 0: only at the end."""
-    probe_every: int = field(default=50, **_operational)
-    """Steps between probes of the coarse loss; 0: never."""
-    checkpoint_every: int = field(default=500, **_operational)
-    """Steps between checkpoints; 0: only at the end."""
-    log_every: int = field(default=1, **_operational)
-    """Steps between records."""
-
-    def __post_init__(self) -> None:
-        for name in ("total_samples", "packs_per_step", "log_every"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        for name in ("eval_every", "probe_every", "checkpoint_every", "clip", "weight_decay", "lambda_coarse"):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a share of the run, at least 0 and below 1")
-        iterations = self.fine_iterations
-        _require(
-            bool(iterations) and min(iterations) >= 1, "train.fine_iterations", iterations, "numbers of at least 1"
-        )
-        betas_fit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(betas_fit, "train.betas", self.betas, "two numbers in [0, 1)")
-        _require(set(self.freeze) != set(GROUPS), "train.freeze", self.freeze, "at least one group left to train")
-        coarse_loss_fits = self.lambda_coarse == 0 or self.mode == "coarse_fine"
-        _require(coarse_loss_fits, "train.lambda_coarse", self.lambda_coarse, "0 unless train.mode = coarse_fine")
-        for group in GROUPS:
-            rate, key = getattr(self.learning_rate, group), f"train.learning_rate.{group}"
-            _require(rate.base > 0, f"{key}.base", rate.base, "above 0; to freeze a group use train.freeze")
-            converging = self.schedule == "converging"
-            expected = "a rate with schedule: converging, else null"
-            _require((rate.target is not None) == converging, f"{key}.target", rate.target, expected)
+            require(value in ("auto", None) or value >= 1, f"data.{name}", value, "at least 1")
+        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "more than 0")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,11 +147,11 @@ class WandbConfig:
 class RunConfig:
     """One run. Without a default: `name`, `data.train`, `train.total_samples`, `.packs_per_step`, `.learning_rate`."""
 
-    name: str = field(**_operational)
+    name: str = field(**OPERATIONAL)
     """Names the run; `runs/<name>` is its folder."""
-    phase: str = field(default="train", **_operational)
+    phase: str = field(default="train", **OPERATIONAL)
     """Stage of the recipe, for the wandb project."""
-    out: str | None = field(default=None, **_operational)
+    out: str | None = field(default=None, **OPERATIONAL)
     """Folder that the run writes to; null: `runs/<name>`."""
     init_from: str | None = None
     """Weights to start from: a run's folder (its best checkpoint), a checkpoint, a model folder, or `hf:owner/name`."""
@@ -275,23 +161,42 @@ class RunConfig:
     """The samples."""
     train: TrainConfig
     """The training."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, **_operational)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, **OPERATIONAL)
     """Evaluation during training."""
     best_metric: dict[str, float] = field(default_factory=lambda: {"val_loss": -1.0})
     """Composite metric that chooses the best checkpoint: Σ weight × figure of the evaluation, larger is better."""
-    wandb: WandbConfig = field(default_factory=WandbConfig, **_operational)
+    wandb: WandbConfig = field(default_factory=WandbConfig, **OPERATIONAL)
     """Where curves are sent."""
+    price_per_gpu_hour: float | None = field(default=None, **OPERATIONAL)
+    """Money for one device for an hour, for the cost in `run_summary.json` and the report; null: hours only."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without slashes")
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without slashes")
         known = [name for name in self.best_metric if name in FIGURES or "/" in name]
         expected = (
             f"weights of {', '.join(FIGURES)}, or of a figure such as val_loss/webvid or slots/coarse_fine/accuracy"
         )
-        _require(bool(known) and len(known) == len(self.best_metric), "best_metric", self.best_metric, expected)
+        require(bool(known) and len(known) == len(self.best_metric), "best_metric", self.best_metric, expected)
+        price = self.price_per_gpu_hour
+        require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
         multi_token = self.model.architecture == "multi_token"
-        _require(not (multi_token and self.train.lambda_coarse), "train.lambda_coarse", self.train.lambda_coarse,
+        require(not (multi_token and self.train.lambda_coarse), "train.lambda_coarse", self.train.lambda_coarse,
                  "0 with model.architecture = multi_token, which has no coarse pass")  # fmt: skip
+        if self.train.objective == "dpo":
+            self._require_preferences()
+
+    def _require_preferences(self) -> None:
+        """The reference judges an answer once, so it has to be asked in one way only."""
+        mixture, train, model = self.data.mixture, self.train, self.model
+        how = "with train.objective = dpo"
+        require(train.dpo_beta > 0, "train.dpo_beta", train.dpo_beta, "above 0")
+        require(train.lambda_coarse == 0, "train.lambda_coarse", train.lambda_coarse, f"0 {how}")
+        one = len(train.fine_iterations) == 1
+        require(one, "train.fine_iterations", train.fine_iterations, f"one number {how}")
+        share = mixture.question_first
+        require(share in (0, 1), "data.mixture.question_first", share, f"0 or 1 {how}")
+        require(mixture.narrated == 0, "data.mixture.narrated", mixture.narrated, f"0 {how}")
+        require(not model.random_queries, "model.random_queries", model.random_queries, f"false {how}")
 
     @property
     def folder(self) -> Path:
@@ -309,20 +214,14 @@ def load_config(name: str, overrides: Sequence[str] = (), folder: Path | None = 
 
     Raises ConfigError for a missing file, an unknown or missing key, a wrong type or a value that cannot be.
     """
-    values = read_mapping(resolve(name, folder or REPOSITORY / "launch" / "configs", ".yaml"))
+    folder = folder or REPOSITORY / "launch" / "configs"
+    values = read_mapping(resolve(name, folder, ".yaml"))
+    name_base(values.get("data"))
     for override in overrides:
         apply_override(values, override)
+        name_base(values.get("data"))
+    read_base(values.get("data"), folder / "mixtures")
     return build(RunConfig, values)
-
-
-def resolve(name: str, folder: Path, suffix: str) -> Path:
-    """A path as given if it exists, else `folder/name[suffix]`; raises ConfigError that lists the known names."""
-    bare = folder / (name if name.endswith(suffix) else name + suffix)
-    for path in (Path(name), bare):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in folder.glob(f"*{suffix}")))
-    raise ConfigError(f"{name!r}: no such file, and none of the names in {folder}: {known}")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

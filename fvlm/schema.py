@@ -15,8 +15,18 @@ import yaml
 T = TypeVar("T")
 
 
+OPERATIONAL = {"metadata": {"operational": True}}
+"""Of fields that change how a run is carried out, not what comes out of it: left out of the configuration's hash."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key, the value and what was expected."""
+
+
+def require(condition: bool, key: str, value: Any, expected: str) -> None:
+    """Raise ConfigError, naming all three, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key} = {value!r}: expected {expected}")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -44,6 +54,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
     return values
+
+
+def resolve(name: str, folder: Path, suffix: str) -> Path:
+    """A path as given if it exists, else `folder/name[suffix]`; raises ConfigError that lists the known names."""
+    bare = folder / (name if name.endswith(suffix) else name + suffix)
+    for path in (Path(name), bare):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in folder.glob(f"*{suffix}")))
+    raise ConfigError(f"{name!r}: no such file, and none of the names in {folder}: {known}")
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -100,7 +120,8 @@ def _try_convert(value: Any, hint: Any, key: str) -> Any:
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
-        candidates = (_try_convert(value, argument, key) for argument in arguments)
+        fitting = [a for a in arguments if isinstance(value, Mapping) or not is_dataclass(a)]
+        candidates = (_try_convert(value, argument, key) for argument in fitting)
         return next((candidate for candidate in candidates if candidate is not _NO), _NO)
     if origin is Literal:
         return value if any(value == a and type(value) is type(a) for a in arguments) else _NO

@@ -23,8 +23,9 @@ from fvlm.data.chat import load_tokenizer
 from fvlm.data.errors import SampleError
 from fvlm.data.shard import find_shards
 from fvlm.evaluate.attention import save_maps
-from fvlm.evaluate.checkpoint import Checkpoint, cast_parameters, open_checkpoint
+from fvlm.evaluate.checkpoint import Checkpoint, open_checkpoint
 from fvlm.evaluate.suite import MODES, TASKS, Suite, build_suite, evaluate_modes
+from fvlm.model.base import cast_parameters
 from fvlm.research.reading import with_interval
 from fvlm.schema import ConfigError
 from fvlm.train.describe import commit, environment, write_json

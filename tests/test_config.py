@@ -8,8 +8,9 @@ import json
 import pytest
 import yaml
 
-from fvlm.config import GROUPS, REPOSITORY, RunConfig, config_hash, load_config, save_config, to_dict
+from fvlm.config import REPOSITORY, RunConfig, config_hash, load_config, save_config, to_dict
 from fvlm.schema import ConfigError, build
+from fvlm.train_config import GROUPS
 
 CONFIGS = sorted((REPOSITORY / "launch" / "configs").glob("*.yaml"))
 

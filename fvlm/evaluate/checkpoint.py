@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from fvlm.config import RunConfig, load_config
 from fvlm.data.plan import Mixture
 from fvlm.model import FoveatedVLM, MultiTokenVLM, convert, model_class
@@ -49,16 +46,6 @@ def open_checkpoint(name: str) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise ConfigError(f"checkpoint {name!r}: {error}") from error
     return Checkpoint(weights=str(weights), model=model, config=None if name.startswith(HUB) else _run_config(source))
-
-
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with its weights in `dtype`, changed in place and returned; buffers stay as they are.
-
-    Rotary frequencies are buffers: rounded to bfloat16, late positions would be turned by wrong angles.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def _run_config(source: str) -> RunConfig | None:

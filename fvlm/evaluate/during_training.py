@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from fvlm.config import RunConfig
 from fvlm.data.shard import find_shards
 from fvlm.evaluate.attention import save_maps
-from fvlm.evaluate.suite import SUMMARY_FIGURES, build_suite, training_figures
+from fvlm.evaluate.preference import preference_figures
+from fvlm.evaluate.suite import SUMMARY_FIGURES, Suite, build_suite, training_figures
 from fvlm.schema import ConfigError
 from fvlm.train.build import TrainingData, mixture
 from fvlm.train.engine import World
 from fvlm.train.figures import expected_figures, require_figures
 
 
-def validation(config: RunConfig, data: TrainingData, world: World) -> Callable[[nn.Module, int], dict] | None:
-    """What the loop calls with the model and the step; None without validation shards.
+def validation_suite(config: RunConfig, data: TrainingData, world: World) -> Suite | None:
+    """The run's validation set, ready to be asked; None without validation shards.
 
     Raises ConfigError for shards that cannot be read or asked, and for a `best_metric` that will not be measured.
     """
@@ -41,15 +43,36 @@ def validation(config: RunConfig, data: TrainingData, world: World) -> Callable[
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.val = {list(config.data.val)}: {error}") from error
-    mode, iterations = config.train.mode, config.train.fine_iterations[0]
+    mode = config.train.mode
     asked = [f"{task.name}/{mode}/{name}" for task in suite.choice if task.questions for name in SUMMARY_FIGURES]
     require_figures(config.best_metric, expected_figures(config, suite.source_names, asked))
+    return suite
+
+
+def validation_pairs(suite: Suite) -> TrainingData:
+    """The set as the reference is asked about it (`fvlm.train.reference`)."""
+    known = {name: getattr(suite, name) for name in ("tokenizer", "shards", "indexes", "plan")}
+    return TrainingData(**known, table=suite.plan.table, cache=None)
+
+
+def validation(
+    config: RunConfig, suite: Suite, world: World, reference: np.ndarray | None = None
+) -> Callable[[nn.Module, int], dict]:
+    """What the loop calls with the model and the step.
+
+    `reference` float32 [n, 2]: of the set's pairs, for the objective `dpo`.
+    """
+    mode, iterations = config.train.mode, config.train.fine_iterations[0]
 
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-        if "maps" in chosen.tasks:
+        if "maps" in config.evaluation.tasks:
             maps = suite.maps(model, [mode], iterations)
             if world.is_main:
                 save_maps(maps, config.folder / "attention" / f"step-{step:08d}")
-        return training_figures(suite, model, mode, iterations)
+        figures = training_figures(suite, model, mode, iterations)
+        if reference is not None:
+            pairs = suite.batches(reference)
+            figures |= preference_figures(model, pairs, config.train.dpo_beta, mode, iterations)
+        return figures
 
     return evaluate

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fvlm.data.chat import Layout, Text, Visual, segments
+from fvlm.data.clip import Clip
 from fvlm.data.errors import MediaError, SampleError
 from fvlm.data.shard import ShardReader, load_index
 from fvlm.data.video import decode_jpeg
@@ -98,12 +99,14 @@ def in_turn(things: Iterable[T], group: Callable[[T], Hashable]) -> list[T]:
 
 
 def _read_frames(reader: ShardReader, row: int, size: int) -> np.ndarray:
-    _, jpegs = reader.read(row)
+    _, media = reader.read(row)
     reader.close()  # a set may lie in more shards than a process may hold open
-    if not jpegs:
+    if not media:
         return np.zeros((0, 3, size, size), np.uint8)
     try:
-        return np.stack([decode_jpeg(jpeg, size) for jpeg in jpegs])
+        if isinstance(media, Clip):
+            return media.decode(size).transpose(0, 3, 1, 2)
+        return np.stack([decode_jpeg(jpeg, size) for jpeg in media])
     except MediaError as error:
         raise SampleError(error.reason, error.detail) from error
 

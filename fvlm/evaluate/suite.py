@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from fvlm.data.loader import PackLoader
 from fvlm.data.plan import Capacities, Mixture, Plan, PlanState, SampleTable
 from fvlm.data.shard import load_index
+from fvlm.data.shard_index import ShardIndex
 from fvlm.evaluate.attention import choose_clips, clip_maps, read_clip
 from fvlm.evaluate.items import Item, Presentation, has_options, in_turn, is_listing, read_items
 from fvlm.evaluate.maps import ClipMaps
@@ -36,9 +38,14 @@ class Suite:
     tasks: tuple[str, ...]
     presentation: Presentation
     tokenizer: PreTrainedTokenizerBase
+    shards: list[Path]
+    indexes: list[ShardIndex]
+    """Of `shards`."""
+    plan: Plan
+    """How the set is packed for the losses."""
     source_names: Sequence[str]
-    batches: Callable[[], Iterable]
-    """A fresh pass over this rank's share of the whole set."""
+    batches: Callable[..., Iterable]
+    """A fresh pass over this rank's share of the whole set; `reference`: of its pairs (`fvlm.train.reference`)."""
     refused: Callable[[], Counter]
     """Samples that the packs have no room for, by reason; known once a pass is through."""
     choice: list[ChoiceTask]
@@ -120,7 +127,7 @@ def build_suite(
     plan = _plan(SampleTable.from_indexes(indexes), mixture, objective, tokens, most_samples)
     rank, world = rank_and_world()
 
-    def batches() -> Iterable:
+    def batches(reference: np.ndarray | None = None) -> Iterable:
         return PackLoader(
             plan,
             list(shards),
@@ -133,6 +140,7 @@ def build_suite(
             num_workers=num_workers,
             start=PlanState(),
             device=device,
+            reference=reference,
         )
 
     questions = {"mc": has_options, "slots": is_listing}
@@ -153,6 +161,9 @@ def build_suite(
         tasks=tuple(chosen),
         presentation=presentation,
         tokenizer=tokenizer,
+        shards=list(shards),
+        indexes=indexes,
+        plan=plan,
         source_names=plan.table.source_names,
         batches=batches,
         refused=lambda: plan.refused,
@@ -165,6 +176,8 @@ def build_suite(
 
 def _plan(table: SampleTable, mixture: Mixture, objective: str, tokens: int, most: int | None) -> Plan:
     """One pass over the set in its own composition, video first."""
+    if objective == "dpo" and not np.any(table.rejected_answer):
+        raise ConfigError(f"validation set of {len(table)} samples: no preference pair (chosen, rejected) among them")
     total = len(table) if most is None else min(len(table), most)
     shown = Mixture(looks=mixture.looks, tokens_per_frame=mixture.tokens_per_frame, grid=mixture.grid)
     try:

@@ -77,6 +77,22 @@ def plot_entropy(
         return save_figure(figure, stem)
 
 
+def plot_preference(runs: Mapping[str, Table], stem: str | Path, x: str = "samples_seen") -> tuple[Path, Path]:
+    """Reward accuracy and margin over the validation pairs of preference runs, side by side."""
+    with plt.rc_context(STYLE):
+        figure, both = plt.subplots(1, 2, figsize=(7.6, 3.0), layout="constrained")
+        named = {"accuracy": "pairs whose chosen answer is preferred, %", "margin": "margin of rewards"}
+        for axes, (name, words) in zip(both, named.items(), strict=True):
+            axes.set_xlabel(_words(x))
+            axes.set_ylabel(words)
+            for index, (label, table) in enumerate(runs.items()):
+                y = table.numbers(f"preference/{name}") * (100 if name == "accuracy" else 1)
+                _line(axes, table.numbers(x), y, index, label)
+        _chance_line(both[0], 0.5)
+        both[0].legend()
+        return save_figure(figure, stem)
+
+
 def _curves(runs: Mapping[str, Table], x: str, y: str, ylabel: str) -> tuple[Figure, Axes]:
     for table in runs.values():
         table.require([x, y])

@@ -11,7 +11,7 @@ import numpy as np
 
 from fvlm.evaluate.maps import ClipMaps
 from fvlm.research import sections
-from fvlm.research.plots import plot_arms, plot_entropy, plot_loss_ratio, plot_losses, plot_modes
+from fvlm.research.plots import plot_arms, plot_entropy, plot_loss_ratio, plot_losses, plot_modes, plot_preference
 from fvlm.research.reading import TASKS, headline_task, reading
 from fvlm.research.records import RunRecords, read_run
 from fvlm.research.strips import plot_strip
@@ -52,6 +52,7 @@ def write_report(
     lines += sections.by_source(run)
     lines += sections.blank_frames(run)
     lines += sections.losses(run) + _loss_curves(run, others, figures)
+    lines += _preference(run, others, figures)
     lines += sections.sample_outputs(run)
     lines += sections.what_was_run(run) + sections.data(run)
     lines += _cost(run, price_per_hour) + (_code_size(repository) if repository else [])
@@ -132,7 +133,11 @@ def _loss_curves(run: RunRecords, others: Sequence[RunRecords], figures: Figures
     tables = {each: each.metrics for each in (run, *others) if each.metrics is not None}
     if not tables:
         return figures.absent("losses", "no metrics.csv")
-    lines = figures.draw("losses", "Training and validation loss", plot_losses, _unique_labels(tables))
+    entropies = {each: table for each, table in tables.items() if each.setting("train.objective") != "dpo"}
+    if entropies:  # what dpo minimises is on another scale than the validation set's cross-entropy
+        lines = figures.draw("losses", "Training and validation loss", plot_losses, _unique_labels(entropies))
+    else:
+        lines = figures.absent("losses", "a preference run minimises no cross-entropy")
     plans = (
         ("loss_ratio", "Fine over coarse loss on the same labels", plot_loss_ratio, {}),
         ("attention_entropy", "Attention entropy of the fine queries", plot_entropy, {"num_keys": _num_keys(run)}),
@@ -144,6 +149,16 @@ def _loss_curves(run: RunRecords, others: Sequence[RunRecords], figures: Figures
         else:
             figures.absent(column, f"no {column} in metrics.csv")
     return lines
+
+
+def _preference(run: RunRecords, others: Sequence[RunRecords], figures: Figures) -> list[str]:
+    """Of preference runs; other runs have nothing to show here and lack nothing."""
+    tables = {each: each.evaluations for each in (run, *others) if each.evaluations is not None}
+    judged = {each: table for each, table in tables.items() if table.has("preference/accuracy")}
+    if not judged:
+        return []
+    caption = "Validation pairs beside the frozen reference: how often the chosen answer is preferred, and by how much"
+    return ["## Preference", "", *figures.draw("preference", caption, plot_preference, _unique_labels(judged))]
 
 
 def _num_keys(run: RunRecords) -> int | None:
@@ -167,7 +182,9 @@ def _cost(run: RunRecords, price_per_hour: float | None) -> list[str]:
     if seconds is None:
         return []
     devices = summary.get("world_size") or 1
-    hours = seconds * devices / 3600
+    known = summary.get("cost") or {}
+    hours = known.get("gpu_hours", seconds * devices / 3600)
+    price_per_hour = known.get("price_per_gpu_hour") if price_per_hour is None else price_per_hour
     text = f"Training took {seconds / 3600:.3f} hours on {devices} device(s): {hours:.3f} device-hours"
     money = "" if price_per_hour is None else f", {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"
     return ["## Cost", "", f"{text}{money}.", ""]

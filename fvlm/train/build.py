@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fvlm.config import ModelConfig, RunConfig
 from fvlm.data.chat import load_tokenizer, tokenizer_hash
+from fvlm.data.index_file import IndexFile
 from fvlm.data.loader import PackLoader
 from fvlm.data.plan import Capacities, Mixture, Plan, PlanState, SampleTable
-from fvlm.data.shard import ShardIndex, find_shards, load_index
+from fvlm.data.remote import RemoteShard, find_all
+from fvlm.data.shard import find_shards, load_index
+from fvlm.data.shard_cache import ShardCache
+from fvlm.data.table_store import open_table
 from fvlm.model import FoveatedConfig, FoveatedVLM, MultiTokenVLM, build_model, convert, model_class, tiny_config
 from fvlm.schema import ConfigError
 from fvlm.train.checkpoint import read_pointer
 from fvlm.train.engine import World
 from fvlm.train.optimizer import freeze
+
+logger = logging.getLogger(__name__)
 
 HUB = "hf:"
 
@@ -28,10 +37,12 @@ class TrainingData:
     """Shards, and the plan over them."""
 
     tokenizer: PreTrainedTokenizerBase
-    shards: list[Path]
-    indexes: list[ShardIndex]
+    shards: list[Path | RemoteShard]
+    indexes: list[IndexFile]
     table: SampleTable
     plan: Plan
+    cache: ShardCache | None
+    """Of remote shards, where `data.cache_dir` is given."""
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run has to find unchanged."""
@@ -47,32 +58,32 @@ def mixture(config: RunConfig) -> Mixture:
     """The configured mixture, with what the model needs of each frame."""
     model, chosen = config.model, config.data.mixture
     grid = model.grid if model.architecture == "multi_token" else 0
-    return Mixture(
-        weights=chosen.weights,
-        text_share=chosen.text_share,
-        question_first=chosen.question_first,
-        narrated=chosen.narrated,
-        looks=chosen.looks,
-        tokens_per_frame=1 if grid else model.tokens_per_frame,
-        grid=grid,
-    )
+    stated = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
+    return Mixture(**stated, tokens_per_frame=1 if grid else model.tokens_per_frame, grid=grid)
 
 
 def load_data(config: RunConfig) -> TrainingData:
-    """Tokenizer, indexes and plan of the training samples.
+    """Tokenizer, indexes and plan of the training samples, without those whose content is in the validation shards.
 
     Raises ConfigError for shards that are not there, an empty data set, or a mixture or capacities that do not fit it.
     """
     data, train = config.data, config.train
-    cache_dir = Path(data.cache_dir) if data.cache_dir else None
     try:
         tokenizer = load_tokenizer(config.tokenizer)
-        shards = find_shards(list(data.train))
-        indexes = [load_index(path, tokenizer, cache_dir) for path in shards]
-        table = SampleTable.from_indexes(indexes)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
+    cache = ShardCache(data.cache_dir, 1e9 * data.cache_gb) if data.cache_dir else None
+    mixed = mixture(config)
+    contents = _contents(config, tokenizer) if data.val else None
+    try:
+        shards = find_all(data.train)
+        opened = open_table(
+            shards, tokenizer, data.cache_dir, cache=cache, held_out=contents, tags=mixed.tag_caps or ()
+        )
+        table = opened.table
+        _log_held_out(opened.left_out)
         if not len(table):
-            raise ValueError(f"{len(shards)} shards without a single sample")
-        mixed = mixture(config)
+            raise ValueError(f"{len(shards)} shards without a single sample that data.val does not hold")
         capacities = Capacities.propose(
             table,
             mixed,
@@ -81,15 +92,39 @@ def load_data(config: RunConfig) -> TrainingData:
             objective=train.objective,
             max_seqlen=data.longest,
             seed=train.seed,
+            window=data.window,
         )
         plan = Plan(table, mixed, capacities, train.objective, train.seed, train.total_samples, data.window)
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.train = {list(data.train)}: {error}") from error
-    return TrainingData(tokenizer=tokenizer, shards=shards, indexes=indexes, table=table, plan=plan)
+    for note in plan.notes:
+        logger.warning("%-8s %s", "mixture", note)
+    return TrainingData(tokenizer=tokenizer, shards=shards, indexes=opened.indexes, table=table, plan=plan, cache=cache)
 
 
-def open_loader(config: RunConfig, data: TrainingData, world: World, start: PlanState) -> PackLoader:
-    """The steps of this rank, from `start` on."""
+def _contents(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """What the validation shards hold: uint64, ascending."""
+    paths = list(config.data.val)
+    try:
+        indexes = [load_index(shard, tokenizer, config.data.cache_dir) for shard in find_shards(paths)]
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data.val = {paths}: {error}") from error
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *(index.content for index in indexes)]))
+
+
+def _log_held_out(left_out: dict[str, int]) -> None:
+    """How many samples of the shards have no row in the table, by source."""
+    if num := sum(left_out.values()):
+        by_source = ", ".join(f"{name} {count:,}" for name, count in Counter(left_out).most_common() if count)
+        logger.info(
+            "%-8s %s samples are in data.val by content and not trained on: %s", "held out", f"{num:,}", by_source
+        )
+
+
+def open_loader(
+    config: RunConfig, data: TrainingData, world: World, start: PlanState, reference: np.ndarray | None = None
+) -> PackLoader:
+    """The steps of this rank, from `start` on; `reference` as `fvlm.train.reference` gives it."""
     return PackLoader(
         data.plan,
         data.shards,
@@ -103,6 +138,8 @@ def open_loader(config: RunConfig, data: TrainingData, world: World, start: Plan
         start=start,
         device=world.device,
         max_bad_share=config.data.max_bad_share,
+        cache=data.cache,
+        reference=reference,
     )
 
 

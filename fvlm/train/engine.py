@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fvlm.config import TrainConfig
 from fvlm.schema import ConfigError
-from fvlm.train.optimizer import build_adamw, set_rates
+from fvlm.train import fragments, reshape
+from fvlm.train.guard import not_finite
+from fvlm.train.optimizer import (
+    build_adamw,
+    build_apex_adamw,
+    hyperparameters,
+    judge_before_update,
+    parameter_groups,
+    parts,
+    set_rates,
+)
 from fvlm.train.zero_config import accumulation, fill, resolve_dtype, zero_stage
+from fvlm.train_config import TrainConfig
 
-TAG = "engine"
+logger = logging.getLogger(__name__)
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+"""DeepSpeed's own, kept over a restart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +133,8 @@ class Engine:
         zero: contents of a DeepSpeed JSON, and `origin` its name for messages.
 
     Raises:
-        ConfigError: the JSON contradicts the run, or DeepSpeed refuses it.
+        ConfigError: the JSON contradicts the run, DeepSpeed refuses it, masters or moments would not be fp32, or the
+            optimizer cannot be built here.
     """
 
     def __init__(self, model: nn.Module, train: TrainConfig, zero: Mapping[str, Any], origin: str, world: World):
@@ -127,28 +142,35 @@ class Engine:
 
         self.world = world
         self.dtype = resolve_dtype(train, world.device.type == "cuda")
-        self.stage = zero_stage(zero)
+        self.stage = zero_stage(zero, self.dtype)
         self.accumulation = accumulation(train, world.size)
         filled = fill(zero, origin, train, world.size, self.dtype)
         model.to(world.device)
         if train.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(encoder=train.checkpointing.encoder, llm=train.checkpointing.llm)
         try:
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=build_adamw(model, train), config=filled)
+            optimizer = _optimizer(model, train)
+            self._named = _named_groups(model, optimizer)  # DeepSpeed puts tensors of its own into the groups
+            self._sizes = {name: p.numel() for part in self._named for name, p in part}
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
         except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"{origin}: refused by DeepSpeed: {error}") from error
+        if self.stage != zero_stage(zero) and world.is_main:
+            logger.info("%s in bf16 runs as ZeRO-1: DeepSpeed's ZeRO-0 would sum gradients in bf16", origin)
         self._micro_batches = 0
-        self._assert_fp32_masters()
+        self._parts = parts(model, train.guard.llm_bottom)
+        self._frozen: set[str] = set()
+        self._verdict, self._judged = not_finite, None
+        self.judged_on = judge_before_update(self._engine.basic_optimizer, self._judge)
+        """Where a step that must not count is left out: `device` or `host` (docs/training.md)."""
+        self._require_fp32(origin)
 
     @property
     def module(self) -> nn.Module:
         """The model itself, for evaluation and saving."""
         return self._engine.module
-
-    @property
-    def skipped_steps(self) -> int:
-        """Optimizer steps that DeepSpeed skipped because a gradient was not finite."""
-        return self._engine.skipped_steps
 
     def forward(self, **kwargs: Any) -> Any:
         """The model's output for one micro-batch, ready for `backward`."""
@@ -165,62 +187,151 @@ class Engine:
         if self._micro_batches < self.accumulation:
             self._engine.step()  # counts the micro-batch; DeepSpeed updates the weights at the last one only
 
-    def step(self, rates: Mapping[str, float]) -> float:
-        """Update the weights at the given rate of each group.
+    def step(self, rates: Mapping[str, float], verdict: Callable[[Tensor], Tensor] = not_finite) -> float:
+        """Update the weights at the given rate of each group, unless the step must not count.
 
-        Returns the norm of the step's whole gradient before clipping. Where that is not finite, nothing was updated.
+        `verdict` takes the norm of the step's whole gradient before clipping, a scalar on the device, and gives
+        another: 1 for a step that leaves weights, moments and decay as they are, bit for bit (`skipped`). Returns the
+        norm; only then does the host wait for the device.
         """
         if self._micro_batches != self.accumulation:
             raise RuntimeError(f"step after {self._micro_batches} micro-batches: expected {self.accumulation}")
         self._micro_batches = 0
-        set_rates(self._engine.basic_optimizer.param_groups, rates)
-        if not self._is_plain:
-            self._engine.step()
-            return float(self._engine.get_global_grad_norm())
-        norm = float(self._plain_gradient_norm())
-        if math.isfinite(norm):
-            self._engine.step()
-        return norm
+        set_rates(self._engine.basic_optimizer.param_groups, rates, self._frozen)
+        self._verdict, self._judged = verdict, None
+        self._norm = self._plain_gradient_norm() if self.stage == 0 else None
+        self._engine.step()
+        self._judge()  # where DeepSpeed itself left the update out, nobody has asked
+        return float(self._norm)
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's state of all ranks below `folder`; collective."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Whole steps within, each with a verdict of 1, leave DeepSpeed's counters as they were, too."""
+        before = {counter: getattr(self._engine, counter) for counter in (*COUNTERS, "micro_steps")}
+        yield
+        for counter, value in before.items():
+            setattr(self._engine, counter, value)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step did not count."""
+        return bool(self._judged)
+
+    def freeze(self, part: str) -> None:
+        """Exclude a part (`fvlm.train.optimizer.parts`) from every update from now on.
+
+        Its gradients count as zero, also in the norm, and its rate is 0: weights stay as they are, bit for bit. Work
+        and memory stay too, since DeepSpeed has laid out its buffers.
+        """
+        if part in self._frozen:
+            return
+        self._frozen.add(part)
+        for _, parameter in self._parts[part]:
+            if parameter.requires_grad:
+                parameter.register_hook(torch.zeros_like)
+
+    def snapshot(self) -> reshape.EngineState:
+        """A copy, on the host, of this rank's share of a checkpoint; rank 0's has the whole weights; collective."""
+        found, optimizer = self._fragments(), self._engine.basic_optimizer
+        if self.stage == 0:  # every rank keeps everything
+            found = reshape.share(found, self.world.rank, self.world.size)
+        common = self._common() if self.world.is_main else None
+        return reshape.copy_to_host(optimizer, found, self.world.rank, common, self._copy_weights())
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on the same number of ranks and the same ZeRO stage; collective."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
-        if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint {TAG!r} in it")
+        """Restore what a snapshot, written below `folder`, holds, whatever ranks and ZeRO stage it is of; collective.
 
-    def write_weights(self, folder: Path) -> None:
-        """`save_pretrained` from rank 0, with parameters gathered under ZeRO-3; collective."""
+        Weights of parameters that are not trained are not part of it: they are those that the model was built with.
+        Raises reshape.CheckpointError where it is of other parameters, or not whole.
+        """
+        optimizer = self._engine.basic_optimizer
+        with reshape.SavedEngine(folder) as saved:
+            saved.require_same_parameters(self._sizes)
+            saved.restore(optimizer, self._fragments())
+            saved.restore_groups(optimizer.param_groups, self._names)
+        fragments.refresh(self._engine.optimizer)
+        for counter in COUNTERS:
+            setattr(self._engine, counter, saved.common[counter])
+        self._engine.micro_steps = self._engine.global_steps * self.accumulation
+        self._micro_batches = 0
+
+    @property
+    def _names(self) -> list[list[str]]:
+        return [[name for name, _ in part] for part in self._named]
+
+    def _fragments(self) -> list[fragments.Fragment]:
+        groups = self._engine.basic_optimizer.param_groups
+        return fragments.locate(self._engine.optimizer, groups, self._named, self.world.rank)
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "world_size": self.world.size,
+            "zero_stage": self.stage,
+            "dtype": self.dtype,
+            **{counter: getattr(self._engine, counter) for counter in COUNTERS},
+            "groups": reshape.describe_groups(self._engine.basic_optimizer.param_groups, self._names),
+            "parameters": self._sizes,
+        }
+
+    def _copy_weights(self) -> reshape.Weights | None:
+        """The whole model's, gathered under ZeRO-3, on rank 0; None on the others."""
         import deepspeed
 
         parameters = list(self.module.parameters()) if self.stage == 3 else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
-            if self.world.is_main:
-                self.module.save_pretrained(folder)
-        self.world.barrier()
+            return reshape.Weights.of(self.module) if self.world.is_main else None
 
-    @property
-    def _is_plain(self) -> bool:
-        """ZeRO-0 in fp32: torch's optimizer itself, and DeepSpeed reports no norm."""
-        return self.stage == 0 and self.dtype == "fp32"
+    def _judge(self) -> Tensor:
+        """The verdict on the step that is being made, asked for once."""
+        if self._judged is None:
+            if self._norm is None:
+                self._norm = self._engine.optimizer._global_grad_norm
+            self._judged = self._verdict(torch.as_tensor(self._norm)).float()
+        return self._judged
 
     def _plain_gradient_norm(self) -> Tensor:
+        """ZeRO-0 is torch's optimizer itself, and DeepSpeed knows no norm."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _assert_fp32_masters(self) -> None:
-        optimizer = self._engine.optimizer
-        masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
+    def _require_fp32(self, origin: str) -> None:
+        basic = self._engine.basic_optimizer
+        masters = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
         if masters is None:
-            masters = [p for group in self._engine.basic_optimizer.param_groups for p in group["params"]]
-        wrong = {str(p.dtype) for p in masters if p.dtype != torch.float32}
-        if wrong or not masters:
-            raise RuntimeError(
-                f"master weights are {sorted(wrong) or 'missing'}: expected torch.float32; check the ZeRO JSON"
-            )
+            masters = [p for group in basic.param_groups for p in group["params"]]
+        moments = [t for state in basic.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim]
+        for what, tensors in (("master weights", masters), ("moments", moments)):
+            wrong = sorted({str(t.dtype) for t in tensors if t.dtype != torch.float32})
+            if wrong or not masters:
+                raise ConfigError(
+                    f"{origin}: {what} would be {wrong or 'missing'}: expected torch.float32; remove what asks for "
+                    f"another type"
+                )
+
+
+def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that `train.optimizer` names; raises ConfigError, saying what is missing, where it cannot be."""
+    if train.optimizer == "adamw":
+        return build_adamw(model, train)
+    if train.optimizer == "apex_fused":
+        return build_apex_adamw(model, train)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    groups, shared = parameter_groups(model, train), hyperparameters(train)
+    try:
+        if train.optimizer == "deepspeed_cpu":
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **shared)
+        return FusedAdam(groups, adam_w_mode=True, **shared)
+    except Exception as error:  # whatever DeepSpeed's builder, the compiler or the loader raise
+        raise ConfigError(
+            f"train.optimizer = {train.optimizer}: DeepSpeed cannot build it here ({type(error).__name__}: {error}); "
+            f"it is compiled on first use, which needs a C++ compiler, and CUDA's nvcc for the GPU; or choose adamw"
+        ) from error
+
+
+def _named_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[tuple[str, nn.Parameter]]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[(names[id(p)], p) for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _free_port() -> int:

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from fvlm.config import RunConfig
 from fvlm.schema import ConfigError
 
+PREFERENCE_FIGURES = ("preference/loss", "preference/accuracy", "preference/margin")
+"""Means over the validation pairs, with `train.objective: dpo`."""
+
 
 def expected_figures(config: RunConfig, source_names: Iterable[str], choice: Iterable[str]) -> list[str]:
     """Names under which an evaluation of `config` reports.
@@ -26,6 +29,7 @@ def expected_figures(config: RunConfig, source_names: Iterable[str], choice: Ite
         "attention_entropy": foveated,
     }
     own = [name for name, found in exists.items() if found]
+    own += PREFERENCE_FIGURES if config.train.objective == "dpo" else ()
     return [*own, *(f"val_loss/{source}" for source in source_names), *choice]
 
 

@@ -1,4 +1,8 @@
-"""What a run records: CSV a row an evaluation, JSONL a line a step, wandb, and a progress bar; rank 0 only."""
+"""What a run records; rank 0 only.
+
+`metrics.jsonl` has a line a step, `metrics.csv` a row an evaluation, `data.csv` a row a step of what concerns the data;
+wandb has what the first two have, the terminal a progress bar.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +28,13 @@ CSV_COLUMNS = (
     "run_id", "step", "samples_seen", "wall_time_sec", "train_loss", "val_loss", "loss_fine", "loss_coarse",
     "loss_ratio", "grad_norm", "attention_entropy", "lr_connector", "lr_dino", "lr_llm", "throughput", "gpu_mem_gb",
 )  # fmt: skip
+_DATA_COLUMNS = re.compile(
+    r"step|samples_seen|(data_wait|read|decode)_sec|samples_per_pack|skipped_samples|(fill_|share/|mixture/).+"
+)
 
 
 class MetricsWriter:
-    """Appends to `metrics.csv` and `metrics.jsonl` in `folder`.
+    """Appends to `metrics.csv`, `metrics.jsonl` and `data.csv` in `folder`.
 
     Whatever the files hold beyond `resume_step` is cut off first, so that a resumed curve continues without
     duplicates; a line that a killed process left unfinished goes with it.
@@ -40,10 +48,12 @@ class MetricsWriter:
         _cut(csv_path, lambda line: _csv_step(line) <= resume_step, header=",".join(CSV_COLUMNS))
         _cut(jsonl_path, lambda line: json.loads(line)["step"] <= resume_step)
         self._csv, self._jsonl = csv_path.open("a", encoding="utf-8"), jsonl_path.open("a", encoding="utf-8")
+        self._data = _DataTable(folder / "data.csv", resume_step)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One line of a training step."""
         self._write_jsonl({"kind": "step", **record})
+        self._data.write(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One CSV row, and one JSONL line with every figure of the evaluation."""
@@ -55,10 +65,16 @@ class MetricsWriter:
         self._csv.flush()
         self._write_jsonl({"kind": "evaluation", **row})
 
+    def guard(self, record: Mapping[str, Any]) -> None:
+        """One JSONL line of a step that did not count, and why."""
+        self._jsonl.write(json.dumps({"kind": "guard", **record}) + "\n")
+        self._jsonl.flush()
+
     def close(self) -> None:
         """Close the files and wandb."""
         self._csv.close()
         self._jsonl.close()
+        self._data.close()
         if self._wandb is not None:
             self._wandb.close()
 
@@ -67,6 +83,39 @@ class MetricsWriter:
         self._jsonl.flush()
         if self._wandb is not None:
             self._wandb.log(record)
+
+
+class _DataTable:
+    """`data.csv`: its columns are those of the first record, for sources differ from run to run but not within one.
+
+    Reasons of lost samples come up as they please, and share one column: `bad_jpeg=2 changed_bytes=1`.
+    """
+
+    def __init__(self, path: Path, resume_step: int):
+        with path.open("a+", newline="", encoding="utf-8") as file:
+            file.seek(0)
+            rows = list(csv.reader(file))
+        kept = [row for row in rows[1:] if row and len(row) == len(rows[0]) and int(row[0]) <= resume_step]
+        self._columns = rows[0] if kept else None
+        temporary = path.with_name(path.name + ".tmp")
+        self._file = temporary.open("w", newline="", encoding="utf-8")
+        self._rows = csv.writer(self._file, lineterminator="\n")
+        self._rows.writerows([rows[0], *kept] if kept else [])
+        self._file.flush()
+        os.replace(temporary, path)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append the record's row."""
+        if self._columns is None:
+            self._columns = [*filter(_DATA_COLUMNS.fullmatch, record), "skipped"]
+            self._rows.writerow(self._columns)
+        reasons = {key.partition("/")[2]: value for key, value in record.items() if key.startswith("skipped/")}
+        skipped = " ".join(f"{reason}={count}" for reason, count in reasons.items())
+        self._rows.writerow([record.get(column) for column in self._columns[:-1]] + [skipped])
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _csv_step(line: str) -> int:

@@ -1,6 +1,7 @@
-"""What a step minimises: sums over labels, divided once by the whole step's planned count (`Engine.backward`).
+"""What a step minimises: sums over labels or pairs, divided once by the whole step's planned count (`Engine.backward`).
 
-`ce_all` and `ce_answer` differ in which labels the packs carry (`fvlm.data.batch`), not in how they are summed.
+`ce_all` and `ce_answer` differ in which labels the packs carry (`fvlm.data.batch`), not in how they are summed; `dpo`
+sums over pairs (`fvlm.train.preference`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fvlm.config import TrainConfig
 from fvlm.model.packed import PackedBatch
+from fvlm.train.preference import Preferences, preferences
+from fvlm.train_config import TrainConfig
 
 
 def call_arguments(train: TrainConfig, fine_iterations: int) -> dict[str, Any]:
@@ -19,11 +21,17 @@ def call_arguments(train: TrainConfig, fine_iterations: int) -> dict[str, Any]:
     return {"mode": train.mode, "fine_iterations": fine_iterations, "coarse_loss": train.lambda_coarse > 0}
 
 
-def loss_sum(output: Any, lambda_coarse: float) -> Tensor:
-    """float32 scalar: Σ −log p over the pack's labels, plus `lambda_coarse` times the same with coarse tokens."""
-    if lambda_coarse == 0:
-        return output.loss_sum
-    return output.loss_sum + lambda_coarse * output.coarse_loss_sum
+def loss_sum(output: Any, batch: PackedBatch, train: TrainConfig) -> tuple[Tensor, Preferences | None]:
+    """float32 scalar to minimise, and what `dpo` knows of the pack's pairs.
+
+    Cross-entropy: Σ −log p over the pack's labels, plus `lambda_coarse` times the same with coarse tokens.
+    """
+    if train.objective == "dpo":
+        found = preferences(output.logprobs, batch, train.dpo_beta)
+        return found.loss, found
+    if train.lambda_coarse == 0:
+        return output.loss_sum, None
+    return output.loss_sum + train.lambda_coarse * output.coarse_loss_sum, None
 
 
 def coarse_loss_sum(module: nn.Module, batch: PackedBatch) -> Tensor:

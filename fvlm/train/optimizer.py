@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fvlm.config import GROUPS, TrainConfig
 from fvlm.schema import ConfigError
+from fvlm.train_config import GROUPS, TrainConfig
 
 QUERIES = ("q_static", "q_init")
+LLM_BOTTOM = "llm_bottom"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -19,28 +23,53 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def freeze(model: nn.Module, groups: Iterable[str]) -> None:
-    """Exclude parameter groups from training, in place."""
-    named = model.param_groups()
+    """Exclude parameter groups from training, in place; `llm:8` is the language model's first eight layers."""
+    frozen = []
     for group in groups:
-        for _, parameter in named[group]:
-            parameter.requires_grad_(False)
+        name, _, layers = group.partition(":")
+        frozen += parts(model, int(layers), f"train.freeze = {group}")[LLM_BOTTOM] if layers else parts(model)[name]
+    for _, parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def parts(
+    model: nn.Module, llm_bottom: int | None = None, asked_by: str = "train.guard.llm_bottom"
+) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Part → (name, parameter) of what trains and freezes together: the groups, and the LLM's first layers if asked.
+
+    The token embedding, which SmolLM2 uses as its head too, stays with `llm`. Raises ConfigError if `llm_bottom` leaves
+    no layer above.
+    """
+    named = model.param_groups()
+    if llm_bottom is None:
+        return named
+    layers = {name: int(found[1]) for name, _ in named["llm"] if (found := _LAYER.search(name))}
+    num_layers = max(layers.values(), default=-1) + 1
+    if llm_bottom >= num_layers:
+        raise ConfigError(f"{asked_by}: {llm_bottom} layers: expected less than the model's {num_layers}")
+    bottom = [(name, p) for name, p in named["llm"] if layers.get(name, num_layers) < llm_bottom]
+    top = [(name, p) for name, p in named["llm"] if layers.get(name, num_layers) >= llm_bottom]
+    return {**named, "llm": top, LLM_BOTTOM: bottom}
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict]:
-    """Optimizer groups `{name, params, lr, weight_decay}`: connector, dino and llm, each with and without decay.
+    """Optimizer groups `{name, part, params, lr, weight_decay}`: connector, dino and llm, each with and without decay.
 
-    A group without parameters is left out. Raises ConfigError if nothing is left to train.
+    A group without parameters is left out; `part` is that of `parts`, `name` says whose rate it has. Raises ConfigError
+    if nothing is left to train.
     """
     groups = []
-    named = model.param_groups()
-    for name in GROUPS:
-        trained = [(n, p) for n, p in named[name] if p.requires_grad]
+    by_part = parts(model, train.guard.llm_bottom)
+    for part in (*GROUPS, LLM_BOTTOM):
+        name = "llm" if part == LLM_BOTTOM else part
+        trained = [(n, p) for n, p in by_part.get(part, ()) if p.requires_grad]
         for decay in (True, False):
             parameters = [p for n, p in trained if decays(n, p) == decay]
             if parameters:
                 rate = getattr(train.learning_rate, name).base
                 weight_decay = train.weight_decay if decay else 0.0
-                groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": weight_decay})
+                group = {"name": name, "part": part, "params": parameters, "lr": rate, "weight_decay": weight_decay}
+                groups.append(group)
     if not groups:
         raise ConfigError(f"train.freeze = {list(train.freeze)}: nothing is left to train")
     return groups
@@ -48,10 +77,47 @@ def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict]:
 
 def build_adamw(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """torch's fused AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, train), betas=tuple(train.betas), eps=train.eps, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, train), fused=True, **hyperparameters(train))
 
 
-def set_rates(param_groups: list[dict], rates: Mapping[str, float]) -> None:
-    """Write each group's learning rate, found by the group's name."""
+def build_apex_adamw(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """NVIDIA apex's FusedAdam over `parameter_groups`. Raises ConfigError where apex is missing or has no kernels."""
+    try:
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(parameter_groups(model, train), adam_w_mode=True, **hyperparameters(train))
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"train.optimizer = apex_fused: {error}; it needs a GPU and NVIDIA apex built with its CUDA extensions "
+            f"from https://github.com/NVIDIA/apex (apex of PyPI is another project); or choose adamw"
+        ) from error
+
+
+def hyperparameters(train: TrainConfig) -> dict[str, Any]:
+    """Arguments that all AdamW implementations share, beside the groups' rates and decay."""
+    return {"betas": tuple(train.betas), "eps": train.eps}
+
+
+def set_rates(param_groups: list[dict], rates: Mapping[str, float], frozen: Collection[str] = ()) -> None:
+    """Write each group's learning rate, found by the group's name; 0 for the parts that are frozen."""
     for group in param_groups:
-        group["lr"] = rates[group["name"]]
+        is_frozen = group["name"] in frozen or group["part"] in frozen
+        group["lr"] = 0.0 if is_frozen else rates[group["name"]]
+
+
+def judge_before_update(optimizer: torch.optim.Optimizer, verdict: Callable[[], Tensor]) -> str:
+    """Let every `optimizer.step()` do nothing where `verdict()` is 1; returns where that is decided.
+
+    On the `device` with torch's fused AdamW: its kernel reads the flag, and a step that does not count changes neither
+    weights nor moments nor counters. The others have no such input: the `host` reads the flag and leaves out the call.
+    """
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+        optimizer.register_step_pre_hook(lambda chosen, *_: setattr(chosen, "found_inf", verdict()))
+        return "device"
+    step = optimizer.step
+
+    def step_that_counts(*args: Any, **kwargs: Any) -> Any:
+        return None if verdict().item() else step(*args, **kwargs)
+
+    optimizer.step = step_that_counts
+    return "host"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from fvlm.config import GROUPS, TrainConfig
+from fvlm.train_config import GROUPS, TrainConfig
 
 COSINE_FLOOR = 0.1
 HOLD_UNTIL = 0.8

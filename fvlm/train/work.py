@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fvlm.data.plan import Plan, Step
 from fvlm.data.table import DIMENSIONS, sample_costs
 from fvlm.model import FoveatedConfig
@@ -11,15 +13,15 @@ _TOKENS, _COARSE = DIMENSIONS.index("tokens"), DIMENSIONS.index("coarse")
 
 
 def step_flops(config: FoveatedConfig, plan: Plan, step: Step, mode: str, fine_iterations: int) -> float:
-    """Forward and backward operations of all packs of a step, over all ranks."""
-    total = 0.0
+    """Forward and backward operations of all packs of a step, over all ranks; a pair counts as two equal halves."""
+    total, sequences = 0.0, 2 if plan.objective == "dpo" else 1
     for pack in step.packs:
         costs = sample_costs(plan.table, pack.rows, pack.layouts, plan.mixture, plan.objective)
         total += pack_flops(
             config,
             num_frames=pack.frames,
-            lengths=costs[:, _TOKENS].tolist(),
-            coarse_lengths=costs[:, _COARSE].tolist(),
+            lengths=np.repeat(costs[:, _TOKENS] / sequences, sequences).tolist(),
+            coarse_lengths=np.repeat(costs[:, _COARSE] / sequences, sequences).tolist(),
             num_visual=pack.visual,
             num_labels=pack.labels,
             mode=mode,

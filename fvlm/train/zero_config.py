@@ -7,8 +7,9 @@ import difflib
 import json
 from typing import Any
 
-from fvlm.config import REPOSITORY, TrainConfig, resolve
+from fvlm.config import REPOSITORY, resolve
 from fvlm.schema import ConfigError
+from fvlm.train_config import TrainConfig
 
 OWNED_BY_RUN = {
     "optimizer": "train.learning_rate, train.betas, train.eps and train.weight_decay",
@@ -67,9 +68,13 @@ def resolve_dtype(train: TrainConfig, on_gpu: bool) -> str:
     return train.dtype if train.dtype != "auto" else ("bf16" if on_gpu else "fp32")
 
 
-def zero_stage(contents: dict[str, Any]) -> int:
-    """ZeRO stage that a DeepSpeed JSON asks for, to be checked by `fill`; 0 where it does not say."""
-    return contents.get("zero_optimization", {}).get("stage", 0)
+def zero_stage(contents: dict[str, Any], dtype: str = "fp32") -> int:
+    """ZeRO stage that a DeepSpeed JSON asks for, to be checked by `fill`; 0 where it does not say.
+
+    In bf16 a 0 runs as 1: DeepSpeed's stage 0 would sum the gradients of micro-batches in bf16.
+    """
+    stage = contents.get("zero_optimization", {}).get("stage", 0)
+    return 1 if stage == 0 and stage is not False and dtype == "bf16" else stage
 
 
 def fill(contents: dict[str, Any], origin: str, train: TrainConfig, world_size: int, dtype: str) -> dict[str, Any]:
@@ -83,8 +88,10 @@ def fill(contents: dict[str, Any], origin: str, train: TrainConfig, world_size: 
         if section is not None and not (isinstance(section, dict) and section.get("enabled") is False):
             raise ConfigError(f"{origin}: section {key!r} is decided by {owner} of the run YAML; remove it here")
     _require_well_formed(contents, origin)
-    stage = zero_stage(contents)
+    stage = zero_stage(contents, dtype)
     filled = copy.deepcopy(contents)
+    if stage != zero_stage(contents):
+        filled["zero_optimization"] = {**filled.get("zero_optimization", {}), "stage": stage}
     micro_batches = accumulation(train, world_size)
     decided: list[tuple[str, Any, str]] = [
         ("train_micro_batch_size_per_gpu", 1, "one pack, see data.frames and data.tokens"),
@@ -93,10 +100,12 @@ def fill(contents: dict[str, Any], origin: str, train: TrainConfig, world_size: 
         ("gradient_clipping", train.clip, "train.clip"),
         ("bf16.enabled", dtype == "bf16", f"train.dtype, resolved to {dtype}"),
     ]
-    if dtype == "bf16":  # a non-finite gradient is then caught before the update, as it always is in fp32
-        decided.append(("bf16.check_grad_overflow", True, "the guard"))
-    if stage > 0:  # DeepSpeed refuses it for stage 0, where gradients accumulate in the parameters' own type
+    if dtype == "bf16":  # true: with offload, a NaN stays in DeepSpeed's buffers and spoils every later step (0.19.8)
+        decided.append(("bf16.check_grad_overflow", False, "the guard, which catches what is not finite"))
+    if stage > 0:  # DeepSpeed refuses it for stage 0, which is fp32 throughout
         decided.append(("data_types.grad_accum_dtype", "fp32", "fp32 accumulation"))
+    if "compute_grad_norm" in contents.get("zero_optimization", {}):
+        decided.append(("zero_optimization.compute_grad_norm", True, "the guard"))
     for key, value, owner in decided:
         _decide(filled, key, value, owner, origin)
     if filled.get("data_types", {}).get("grad_accum_dtype") == "auto":

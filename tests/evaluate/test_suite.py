@@ -17,11 +17,11 @@ from fvlm.data.errors import SampleError
 from fvlm.data.plan import Mixture
 from fvlm.data.shard import ShardWriter, find_shards
 from fvlm.data.video import encode_jpeg
-from fvlm.evaluate.checkpoint import cast_parameters
 from fvlm.evaluate.items import in_turn
 from fvlm.evaluate.maps import load_clip
 from fvlm.evaluate.suite import MODES, build_suite, evaluate_modes, gaps, training_figures
 from fvlm.model import build_model, tiny_config
+from fvlm.model.base import cast_parameters
 from fvlm.schema import ConfigError
 from tests.evaluate.reference import SHAPES
 

@@ -41,6 +41,16 @@ def test_curves_are_drawn(record, tmp_path, name):
     assert_drawn(getattr(plots, name)({"a": table, "b": table}, tmp_path / "figures" / name))
 
 
+def test_preference_is_drawn_side_by_side(record, tmp_path):
+    text = record.read_text().replace("accuracy,low", "preference/accuracy,preference/margin")
+    record.write_text(text)
+    paths = plots.plot_preference({"a": read_csv(record)}, tmp_path / "figures" / "preference")
+    assert_drawn(paths)
+    record.write_text(text.replace("preference/margin", "other"))
+    with pytest.raises(ValueError, match=r"missing column.*preference/margin"):
+        plots.plot_preference({"a": read_csv(record)}, tmp_path / "figures" / "preference")
+
+
 @pytest.mark.parametrize(
     ("name", "column"),
     [

@@ -52,6 +52,31 @@ def test_report_of_a_full_run(make_run, repo_root):
     assert "nan" not in text
 
 
+def test_cost_of_a_run_that_knows_its_price(make_run, without_figures):
+    run = make_run("demo")
+    known = json.loads((run / "run_summary.json").read_text())
+    known["cost"] = {"gpu_hours": 0.5, "price_per_gpu_hour": 3.0, "money": 1.5}  # it ran on more devices for a while
+    (run / "run_summary.json").write_text(json.dumps(known))
+    assert "0.500 device-hours, 1.50 at 3 an hour" in write_report(run, run / "report.md").read_text()
+    text = write_report(run, run / "report.md", price_per_hour=2.0).read_text()
+    assert "0.500 device-hours, 1.00 at 2 an hour" in text
+
+
+def test_preference_is_shown_of_runs_that_have_it(make_run, without_figures):
+    run = make_run("demo")
+    assert "## Preference" not in write_report(run, run / "report.md").read_text()
+    path = run / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    judged = [{**each, "preference/accuracy": 0.75, "preference/margin": 0.1} for each in records]
+    path.write_text("".join(json.dumps(each) + "\n" for each in judged))
+    text = write_report(run, run / "report.md").read_text()
+    assert "## Preference" in text
+    assert "Training and validation loss" in text
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("\ntrain:\n", "\ntrain:\n  objective: dpo\n"))
+    assert "Training and validation loss" not in write_report(run, run / "report.md").read_text()
+
+
 def test_share_of_attention_is_the_one_of_the_maps(make_run, without_figures):
     run = make_run("demo")
     text = write_report(run, run / "report.md").read_text()

@@ -65,6 +65,8 @@ def step_records(out: Path) -> list[dict]:
         "tflops",
         "mfu",
         "data_wait_sec",
+        "read_sec",
+        "decode_sec",
     }
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]

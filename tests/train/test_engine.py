@@ -11,12 +11,12 @@ import torch
 from spawned import run_ranks
 from torch import nn
 
-from fvlm.config import GroupRate, LearningRates, TrainConfig
 from fvlm.schema import ConfigError
 from fvlm.train.engine import Engine, World
 from fvlm.train.optimizer import build_adamw, set_rates
 from fvlm.train.schedule import learning_rates
 from fvlm.train.zero_config import read_zero_json
+from fvlm.train_config import GroupRate, LearningRates, TrainConfig
 
 STEPS, PACKS, WIDTH = 4, 4, 6
 
@@ -44,9 +44,9 @@ class Toy(nn.Module):
             "llm": [(n, p) for n, p in named.items() if n.startswith("llm")],
         }
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, state_dict):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), Path(folder) / "toy.pt")
+        torch.save(state_dict, Path(folder) / "toy.pt")
 
 
 def settings(**changes) -> TrainConfig:
@@ -104,9 +104,17 @@ def make_engine(world: World, train: TrainConfig, zero: str) -> Engine:
     return Engine(Toy(), train, contents, origin, world)
 
 
+def write(engine: Engine, folder: Path) -> None:
+    """The engine's share of a checkpoint."""
+    for name, write_file in engine.snapshot().files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(folder / name)
+    engine.world.barrier()
+
+
 def weights(engine: Engine, folder: Path) -> dict:
-    engine.write_weights(folder)
-    return torch.load(folder / "toy.pt", weights_only=True)
+    write(engine, folder)
+    return torch.load(folder / "weights/toy.pt", weights_only=True)
 
 
 def run_plain(world: World, zeros: list[str], folder: Path) -> list[tuple]:
@@ -144,9 +152,9 @@ def run_halves(world: World, zero: str, folder: Path) -> tuple[dict, dict]:
     train_steps(whole, settings(), range(STEPS))
     first = make_engine(world, settings(), zero)
     train_steps(first, settings(), range(STEPS // 2))
-    first.save(folder / "engine")
+    write(first, folder / "half")
     second = make_engine(world, settings(), zero)
-    second.load(folder / "engine")
+    second.load(folder / "half")
     train_steps(second, settings(), range(STEPS // 2, STEPS))
     return weights(whole, folder / "whole"), weights(second, folder / "second")
 

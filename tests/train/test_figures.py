@@ -25,6 +25,14 @@ def test_figures_of_every_mode_and_architecture(mode, architecture):
     assert len(set(names)) == len(names)
 
 
+def test_preference_runs_report_how_pairs_are_judged():
+    config = load_config("dpo_135m")
+    names = expected_figures(config, [], [])
+    require_figures({"preference/loss": -1.0, "preference/accuracy": 1.0, "preference/margin": 0.1}, names)
+    with pytest.raises(ConfigError, match="not a figure"):
+        require_figures({"preference/loss": -1.0}, expected_figures(load_config("stage2_135m"), [], []))
+
+
 def test_an_unknown_one_is_said_with_the_nearest_and_all():
     with pytest.raises(ConfigError, match=r"'val_loss/aa'.*did you mean val_loss/a\?.*some of val_loss, val_loss/a$"):
         require_figures({"val_loss": 1.0, "val_loss/aa": 1.0}, ["val_loss/a", "val_loss"])

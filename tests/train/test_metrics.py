@@ -10,9 +10,11 @@ import sys
 
 import pytest
 
-from fvlm.config import GROUPS, RunConfig
+from fvlm.config import RunConfig
 from fvlm.schema import build
-from fvlm.train.metrics import MetricsWriter, open_writer
+from fvlm.train.describe import cost
+from fvlm.train.metrics import MetricsWriter, Progress, open_writer
+from fvlm.train_config import GROUPS
 
 SPEC_COLUMNS = (
     "run_id, step, samples_seen, wall_time_sec, train_loss, val_loss, loss_fine, loss_coarse, loss_ratio, grad_norm, "
@@ -103,3 +105,21 @@ def test_wandb_needs_no_login_and_no_network(tmp_path, repo_root, mode):
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("wandb/offline-run-*")), done.stderr
     assert ("recording offline" in done.stderr) == (mode == "online")
+
+
+def test_a_resumed_bar_counts_this_start_only(capfd):
+    progress = Progress(1000, 900, shown=True)
+    bar = progress._bar
+    bar.start_t -= 10  # ten seconds ago
+    progress.update(920, loss=0.51234, mfu=0.4)
+    shown = bar.format_meter(**bar.format_dict)
+    assert "920/1000 [00:10<00:40" in shown  # 80 samples to go, at 20 in 10 seconds
+    assert "2.00sample/s" in shown or "1.99sample/s" in shown
+    assert "loss=0.5123, mfu=0.4" in shown
+    progress.close()
+    assert "920/1000" in capfd.readouterr().err
+
+
+def test_cost_is_device_hours_times_the_price():
+    assert cost(7200, 2.5) == {"gpu_hours": 2.0, "price_per_gpu_hour": 2.5, "money": 5.0}
+    assert cost(7200, None)["money"] is None

@@ -55,11 +55,10 @@ def test_one_rank_and_two_ranks_give_the_same_curve_and_weights(shards, two_rank
         torch.testing.assert_close(value, other[name], rtol=0, atol=2e-5, msg=name)
 
 
-def kill_after(out, processes, records: int) -> None:
-    """kill -9 of all ranks once so many step records exist."""
+def kill_after(out, processes, step: int) -> None:
+    """kill -9 of all ranks once the checkpoint of this step is published."""
     deadline = time.monotonic() + 120
-    path = out / "metrics.jsonl"
-    while not path.exists() or path.read_text().count('"kind": "step"') < records:
+    while not (out / f"checkpoints/step-{step:08d}").exists():
         assert time.monotonic() < deadline, finish(processes)
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.02)
@@ -71,8 +70,8 @@ def kill_after(out, processes, records: int) -> None:
 def test_killed_and_started_again_equals_undisturbed_bit_for_bit(shards, two_ranks, tmp_path):
     """Twice: after the first checkpoint (step 5) and after the second (step 10)."""
     command = arguments(shards, tmp_path)
-    for records in (7, 11):
-        kill_after(tmp_path, launch(command, world_size=2), records)
+    for step in (5, 10):
+        kill_after(tmp_path, launch(command, world_size=2), step)
     printed = run(command, world_size=2)
     assert "start    step 10" in printed
     assert step_records(tmp_path) == step_records(two_ranks)
@@ -93,7 +92,7 @@ def test_a_damaged_checkpoint_costs_one_interval(shards, two_ranks, tmp_path):
     shutil.copytree(two_ranks, tmp_path / "copy")
     checkpoints = tmp_path / "copy/checkpoints"
     newest = checkpoints / (checkpoints / "latest").read_text().strip()
-    file = next(newest.glob("engine/*optim_states.pt"))
+    file = next(newest.glob("engine/rank-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     printed = run(arguments(shards, tmp_path / "copy"), world_size=2)
     assert f"checkpoint passed over: {newest}" in printed
@@ -131,6 +130,10 @@ def test_records_and_summary_are_complete(two_ranks):
     assert summary["samples_seen"] == 200
     assert summary["convergence_step"] in [int(row["step"]) for row in rows]
     assert summary["world_size"] == 2
+    not_stated = {"licence": "not stated", "citation": "not stated"}
+    assert summary["sources"] == {"colours": not_stated, "words": not_stated}
+    assert summary["cost"]["gpu_hours"] == pytest.approx(2 * summary["wall_time_sec"] / 3600)
+    assert summary["cost"]["money"] is None
 
 
 def test_derived_numbers_come_before_the_first_step(twenty_steps):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvlm.config import GroupRate, LearningRates, TrainConfig
 from fvlm.train.schedule import factor, fine_iterations, learning_rates
+from fvlm.train_config import GroupRate, LearningRates, TrainConfig
 
 WARMUP = 0.03
 

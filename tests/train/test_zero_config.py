@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pytest
 
-from fvlm.config import REPOSITORY, GroupRate, LearningRates, TrainConfig
+from fvlm.config import REPOSITORY
 from fvlm.schema import ConfigError
 from fvlm.train.zero_config import SECTIONS, VALUES, accumulation, fill, read_zero_json
+from fvlm.train_config import GroupRate, LearningRates, TrainConfig
 
 RATES = LearningRates(connector=GroupRate(base=1e-3), dino=GroupRate(base=1e-5), llm=GroupRate(base=1e-5))
 TRAIN = TrainConfig(total_samples=100, packs_per_step=12, learning_rate=RATES, clip=0.7)

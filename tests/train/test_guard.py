@@ -1,0 +1,235 @@
+"""A step that must not count leaves nothing behind, in every ZeRO stage; what is unusual, and who is named."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from spawned import run_ranks
+from test_engine import Toy, make_engine, packs, planned, settings
+
+from fvlm.model import build_model, tiny_config
+from fvlm.schema import ConfigError, build
+from fvlm.train import guard
+from fvlm.train.engine import Engine, World
+from fvlm.train.guard import Guard
+from fvlm.train.optimizer import parts
+from fvlm.train.schedule import learning_rates
+from fvlm.train_config import GuardConfig
+from tests.model.samples import mixed, pack
+
+NAN, INF = math.nan, math.inf
+
+
+def filled(values: list[tuple[float, float]], **settings) -> Guard:
+    watch = Guard(GuardConfig(**settings), {})
+    for loss, norm in values:
+        assert watch.observe(loss, norm) is None
+    return watch
+
+
+def noise(num: int, seed: int = 0) -> list[tuple[float, float]]:
+    random = np.random.default_rng(seed)
+    return [(float(a), float(b)) for a, b in zip(random.uniform(2, 3, num), random.uniform(0.5, 1.5, num), strict=True)]
+
+
+def test_limits_are_the_windows_mean_and_six_deviations():
+    values = noise(300)
+    watch = filled(values)
+    last = np.array(values[-128:])
+    for column, name in enumerate(guard.QUANTITIES):
+        expected = last[:, column].mean() + 6 * last[:, column].std(ddof=1)
+        assert watch.limit(name) == pytest.approx(expected, rel=1e-12)
+
+
+def test_spikes_are_judged_once_half_of_the_window_is_there():
+    assert filled(noise(63)).limit("loss") == INF
+    assert filled(noise(64)).limit("loss") < INF
+    assert filled(noise(4), window=8).limit("loss") < INF
+    assert filled(noise(200), sigmas=0.0).limit("grad_norm") == INF
+    assert filled([(2.0, 1.0)] * 200).limit("loss") == INF  # nothing varies: no measure of what is unusual
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "quantity"),
+    [(2.5, 1.0, None), (99.0, 1.0, "loss"), (2.5, 99.0, "grad_norm"), (NAN, 1.0, "loss"), (2.5, NAN, "grad_norm"),
+     (INF, INF, "loss"), (-INF, 1.0, "loss"), (-99.0, 0.0, None)],
+)  # fmt: skip
+def test_device_and_host_agree_and_only_a_step_that_counts_enters_the_window(loss, norm, quantity):
+    watch = filled(noise(128))
+    before = watch.state()["window"]
+    judged = watch.verdict(torch.tensor(loss, dtype=torch.float64))(torch.tensor(norm))
+    assert judged.dtype == torch.float32
+    anomaly = watch.observe(loss, norm)
+    assert (anomaly.quantity if anomaly else None) == quantity
+    assert bool(judged) == (anomaly is not None)
+    assert (watch.state()["window"] == before) == (anomaly is not None)
+
+
+def test_the_very_limit_counts_and_the_next_number_does_not():
+    watch = filled(noise(128))
+    limit = watch.limit("grad_norm")
+    for value, skipped in ((limit, False), (float(np.nextafter(limit, INF)), True)):
+        norm = torch.tensor(value, dtype=torch.float64)
+        assert bool(watch.verdict(torch.tensor(2.5))(norm)) == skipped
+    assert watch.observe(2.5, float(np.nextafter(limit, INF))) is not None
+    assert watch.observe(2.5, limit) is None
+
+
+def test_without_a_window_only_what_is_not_finite_is_left_out():
+    watch = Guard(GuardConfig(), {})
+    assert watch.observe(1e9, 1e9) is None
+    assert str(watch.observe(1.0, NAN)) == "grad_norm is nan"
+
+
+def test_a_state_that_went_through_json_judges_the_same():
+    watch = filled(noise(200))
+    watch.observe(NAN, 1.0)
+    watch.frozen.append("dino")
+    again = Guard(GuardConfig(), json.loads(json.dumps(watch.state())))
+    assert [again.limit(name) for name in guard.QUANTITIES] == [watch.limit(name) for name in guard.QUANTITIES]
+    assert (again.skipped_steps, again.in_a_row, again.frozen) == (1, 1, ["dino"])
+    again.observe(2.5, 1.0)
+    assert (again.skipped_steps, again.in_a_row) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [({"policy": "hope"}, "policy"), ({"sigmas": -1}, "sigmas"), ({"window": 1}, "window"),
+     ({"max_skips": 0}, "max_skips"), ({"policy": "freeze_llm_bottom"}, "llm_bottom"),
+     ({"llm_bottom": 0}, "llm_bottom")],
+)  # fmt: skip
+def test_settings_that_cannot_be_name_their_key(given, key):
+    with pytest.raises(ConfigError, match=rf"train\.guard\.{key}"):
+        build(GuardConfig, given, "train.guard")
+
+
+# -- one broken sample ----------------------------------------------------------------------------------------------
+
+
+def test_a_nan_in_one_frame_breaks_its_own_sample_and_no_other():
+    torch.manual_seed(0)
+    model = build_model(tiny_config(64)).train()
+    _, rows, frames = mixed(8, 64)
+    batch, keys = pack(rows, frames, spare=3), [f"k{number}" for number in range(8)]
+    clean = model(batch=batch)
+    broken, embed = int(rows[2].frame.max()), model.encoder.embed  # of the sample whose question comes first
+
+    def embed_with_nan(frames):
+        x = embed(frames).clone()
+        x[broken] = NAN
+        return x
+
+    model.encoder.embed = embed_with_nan
+    spoilt = model(batch=batch)
+    assert spoilt.loss_sum.isnan()
+    scored = [(batch, spoilt.logprobs.detach(), keys)]
+    assert guard.suspects(scored) == ["k2"]
+    ends = batch.cu_seqlens[1:].long()
+    of_others = torch.searchsorted(ends, batch.loss_index, right=True) != 2
+    assert torch.equal(spoilt.logprobs[of_others], clean.logprobs[of_others])
+    clean_losses = dict(guard.sample_losses([(batch, clean.logprobs.detach(), keys)]))
+    for key, loss in guard.sample_losses(scored):
+        assert math.isnan(loss) if key == "k2" else loss == clean_losses[key]
+
+
+def test_a_samples_loss_is_the_mean_over_its_own_labels():
+    _, rows, frames = mixed(8, 64)
+    batch, keys = pack(rows, frames, spare=3), [f"k{number}" for number in range(8)]
+    logprobs = -torch.arange(len(batch.labels), dtype=torch.float32)
+    found, first = dict(guard.sample_losses([(batch, logprobs, keys)])), 0
+    for key, row in zip(keys, rows, strict=True):
+        last = first + int(row.has_loss.sum())
+        assert found[key] == pytest.approx((first + last - 1) / 2)
+        first = last
+
+
+# -- the engine -----------------------------------------------------------------------------------------------------
+
+
+def everything(engine: Engine) -> list[torch.Tensor]:
+    """Copies of this rank's fp32 masters and moments, Adam's counters, and on the first rank the model's weights."""
+    share = engine.snapshot()
+    weights = share.weights.state if share.weights is not None else {}
+    return [torch.tensor([piece[1:] for piece in share.pieces]), *share.tensors.values(), *weights.values()]
+
+
+def one_step(engine: Engine, train, step: int, factor: float = 1.0, limit: float = INF) -> bool:
+    """A step whose loss on the last rank is `factor` times what it was; returns whether it was left out."""
+    watch = Guard(GuardConfig(), {})
+    watch.limit = lambda name: limit
+    for pack_ in packs(step)[engine.world.rank :: engine.world.size]:
+        loss = engine.forward(batch=pack_.to(next(engine.module.parameters()).dtype))
+        is_last = engine.world.rank == engine.world.size - 1
+        engine.backward(loss * (factor if is_last else 1.0), planned(step))
+    engine.step(learning_rates(train, (step + 1) / 4), watch.verdict(torch.zeros(())))
+    return engine.skipped
+
+
+def run_skips(world: World, zeros: list[str], dtypes: list[str], optimizer: str = "adamw") -> dict:
+    """For each stage: were the broken steps left out, did they change anything, is what follows unchanged."""
+    found = {}
+    for dtype in dtypes:
+        for zero in zeros:
+            train = settings(dtype=dtype, optimizer=optimizer)
+            engine, undisturbed = make_engine(world, train, zero), make_engine(world, train, zero)
+            skipped, same = [one_step(engine, train, 0), one_step(engine, train, 1)], []
+            for factor, limit in ((1e4, 100.0), (NAN, INF), (INF, INF)):
+                before = everything(engine)
+                skipped.append(one_step(engine, train, 2, factor, limit))
+                same.append(all(map(torch.equal, before, everything(engine))))
+            skipped.append(one_step(engine, train, 3))
+            for step in (0, 1, 3):
+                one_step(undisturbed, train, step)
+            same.append(all(map(torch.equal, everything(undisturbed), everything(engine))))
+            found[dtype, zero] = (engine.judged_on, skipped, same, sum(map(torch.numel, everything(engine))))
+    return found
+
+
+def test_a_step_that_does_not_count_leaves_nothing_behind():
+    """A finite spike, a NaN and an infinity on one of two ranks; and the step after is as if they had not been."""
+    zeros = ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
+    for results in run_ranks(run_skips, 2, zeros, ["fp32", "bf16"]):
+        assert len(results) == 10
+        for case, (judged_on, skipped, same, num_elements) in results.items():
+            assert judged_on == "device", case
+            assert skipped == [False, False, True, True, True, False], case
+            assert same == [True] * 4, case
+            assert num_elements > 150, case
+
+
+def run_freeze(world: World, zeros: list[str]) -> dict:
+    found = {}
+    for zero in zeros:
+        engine = make_engine(world, settings(), zero)
+        one_step(engine, settings(), 0)
+        before = engine.snapshot().weights
+        engine.freeze("dino")
+        one_step(engine, settings(), 1)
+        after = engine.snapshot().weights
+        found[zero] = (before.state, after.state, float(engine._norm)) if world.is_main else None
+    return found
+
+
+def test_a_frozen_part_stays_as_it_is_and_leaves_the_norm():
+    for zero, (before, after, norm) in run_ranks(run_freeze, 2, ["zero0", "zero2", "zero3"])[0].items():
+        model = Toy()
+        model.load_state_dict(before)
+        (model(torch.cat(packs(1))) / planned(1)).backward()
+        others = [p.grad for name, p in model.named_parameters() if not name.startswith("dino")]
+        assert norm == pytest.approx(float(torch.nn.utils.get_total_norm(others)), rel=1e-5), zero
+        for name, value in before.items():
+            assert torch.equal(after[name], value) == name.startswith("dino"), (zero, name)
+
+
+def test_the_first_layers_of_the_language_model_are_a_part_of_their_own():
+    model = build_model(tiny_config(64))
+    found = parts(model, 2)
+    bottom = {name for name, _ in found["llm_bottom"]}
+    assert bottom == {name for name, _ in model.param_groups()["llm"] if ".layers.0." in name or ".layers.1." in name}
+    assert {name for name, _ in found["llm"]} == {name for name, _ in model.param_groups()["llm"]} - bottom
+    with pytest.raises(ConfigError, match=r"llm_bottom: 4 layers: expected less than the model's 4"):
+        parts(model, 4)

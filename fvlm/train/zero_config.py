@@ -88,6 +88,12 @@ def fill(contents: dict[str, Any], origin: str, train: TrainConfig, world_size: 
         if section is not None and not (isinstance(section, dict) and section.get("enabled") is False):
             raise ConfigError(f"{origin}: section {key!r} is decided by {owner} of the run YAML; remove it here")
     _require_well_formed(contents, origin)
+    offload = contents.get("zero_optimization", {}).get("offload_optimizer", {})
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise ConfigError(
+            f"{origin}: zero_optimization.offload_optimizer.device = 'nvme': checkpoints cannot hold optimizer states "
+            f"on NVMe; offload to 'cpu'"
+        )
     stage = zero_stage(contents, dtype)
     filled = copy.deepcopy(contents)
     if stage != zero_stage(contents):

@@ -56,6 +56,7 @@ CONTRADICTIONS = [
     ({"train_batch_size": 32}, ["train_batch_size = 32", "12", "train.packs_per_step"]),
     ({"bf16": {"enabled": True}}, ["bf16.enabled = True", "False", "train.dtype"]),
     ({"bf16": True}, ["bf16 = True", "an object"]),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["'nvme'", "offload to 'cpu'"]),
     ({"fp16": {"enabled": True}}, ["'fp16'", "train.dtype"]),
     ({"optimizer": {"type": "Adam"}}, ["'optimizer'", "train.learning_rate"]),
     ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler'", "train.schedule"]),

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..kernels.varlen_attention import varlen_attention
-from . import convert
+from . import answering, convert
 from .configuration import FoveatedConfig
 from .encoder import FoveatedEncoder
 from .packed import PackedBatch
@@ -42,6 +42,13 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _require_mode(mode: str, fine_iterations: int) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+    if fine_iterations < 1:
+        raise ValueError(f"fine_iterations={fine_iterations}: expected at least 1")
 
 
 def spread(count: int, share: float) -> tuple[bool, ...]:
@@ -153,10 +160,7 @@ class VisionLanguageModel(PreTrainedModel):
         Raises:
             ValueError: an unknown mode, ``fine_iterations`` below 1, or missing input.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-        if fine_iterations < 1:
-            raise ValueError(f"fine_iterations={fine_iterations}: expected at least 1")
+        _require_mode(mode, fine_iterations)
         if batch is not None:
             return self._run(batch, mode, fine_iterations, entropy, coarse_loss)[0]
         if frames is None or input_ids is None:
@@ -168,6 +172,35 @@ class VisionLanguageModel(PreTrainedModel):
         if labels is not None:
             out.loss = out.loss_sum / out.num_labels.clamp(min=1)
         return out
+
+    @torch.no_grad()
+    def generate(
+        self,
+        frames: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        mode: str = "autoregressive",
+        fine_iterations: int = 1,
+        frame_mask: Tensor | None = None,
+        visual_at: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        """Write on from each sample's text, after looking at its frames; arguments as of :meth:`forward`.
+
+        Args:
+            options: of transformers' ``generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``streamer`` …
+                It is called with embeddings, so that it returns new tokens only.
+
+        Returns:
+            int64 [B · num_return_sequences, new tokens], padded behind the end of a text.
+
+        Raises:
+            ValueError: an unknown mode, ``fine_iterations`` below 1, or shapes that do not fit.
+        """
+        _require_mode(mode, fine_iterations)
+        return answering.generate(
+            self, frames, input_ids, attention_mask, frame_mask, visual_at, mode, fine_iterations, **options
+        )
 
     def _run(self, batch, mode, fine_iterations, entropy, coarse_loss) -> tuple[VLMOutput, Tensor]:
         text = self.llm.get_input_embeddings()(batch.token_ids)

@@ -46,6 +46,7 @@ setup(
             "triton>=3.6",
             "ray>=2.60",
             "imageio-ffmpeg>=0.6",
+            "pycocoevalcap>=1.2",
         ],
         "gpu": ["triton>=3.6"],
         "ray": ["ray>=2.60"],

@@ -14,6 +14,7 @@ from fvlm.model import FoveatedConfig
 from fvlm.model.flops import Flops, pack_flops
 from fvlm.train.gpus import Gpu
 from fvlm.train.memory import Parameters
+from fvlm.train.traffic import gathers_of, sent, step_messages, use_order
 from fvlm.train.zero_config import zero_stage
 from fvlm.train_config import CheckpointingConfig
 
@@ -108,15 +109,11 @@ def step_time(
     again = checkpointing.encoder * flops.encoder + checkpointing.llm * (flops.coarse_llm + flops.fine_llm)
     busy = samples * (flops.training + again) / (gpu.peak * mfu)
     compute = micro_batches * max(busy, num_ops * LAUNCH_SECONDS)
-    stage = zero_stage(dict(zero), "bf16")
     offloaded = zero.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     share = parameters.trained / ranks
-    passed_on = (ranks - 1) / ranks * parameters.trained / (gpu.link * LINK_SHARE)  # seconds a byte of each parameter
-    if stage < 2:  # fp32 sums reduced and handed out once, then the bf16 weights
-        communication = passed_on * (2 * 4 + 2)
-    else:  # gradients reduced in every micro-batch; weights once a step, in ZeRO-3 for both passes of each micro-batch
-        gathers = 2 * micro_batches if stage == 3 else 1
-        communication = passed_on * (4 * micro_batches + 2 * gathers)
+    gathers = gathers_of(use_order(geometry)) if zero_stage(dict(zero), "bf16") == 3 else 0.0
+    messages = step_messages(parameters, zero, "bf16", micro_batches, gathers)
+    communication = sent(messages, ranks) / (gpu.link * LINK_SHARE)
     offload = 0.0
     if offloaded:  # bf16 sums go down and up in every micro-batch, the weights up once
         moved = (4 * micro_batches + 2) * share

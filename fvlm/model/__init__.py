@@ -1,9 +1,14 @@
 """What the network computes: configuration, encoder, models, conversion, FLOPs."""
 
+from transformers import AutoConfig
+
 from .configuration import FoveatedConfig, tiny_config
 from .fvlm import FoveatedVLM
 from .multi_token import MultiTokenVLM
 from .packed import PackedBatch
+
+# transformers reads an exported folder's configuration by this class, and not by the code in the folder
+AutoConfig.register(FoveatedConfig.model_type, FoveatedConfig)
 
 
 def model_class(config: FoveatedConfig) -> type[FoveatedVLM] | type[MultiTokenVLM]:

@@ -96,7 +96,8 @@ def load_into(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
         wanted.pop(HEAD, None)
         if HEAD in incoming and EMBEDDING in incoming and not torch.equal(incoming[HEAD], incoming[EMBEDDING]):
             raise ValueError(f"{origin}: {HEAD} differs from {EMBEDDING}, but the geometry ties them")
-        incoming.setdefault(EMBEDDING, incoming.pop(HEAD, None))
+        if (head := incoming.pop(HEAD, None)) is not None:
+            incoming.setdefault(EMBEDDING, head)
     problems = [f"missing {name}" for name in sorted(wanted.keys() - incoming.keys())]
     problems += [f"unknown {name}" for name in sorted(incoming.keys() - wanted.keys())]
     for name in wanted.keys() & incoming.keys():

@@ -1,0 +1,1 @@
+"""Publishing: a Hugging Face folder that stands alone, its model card, and the import of published files."""

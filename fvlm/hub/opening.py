@@ -1,0 +1,105 @@
+"""A model together with its processor, from whatever a person names: an exported folder, a run, a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fvlm.data.chat import load_tokenizer
+from fvlm.evaluate.checkpoint import Checkpoint, open_checkpoint
+from fvlm.hub.processing import FoveatedProcessor
+from fvlm.model import FoveatedConfig, FoveatedVLM, MultiTokenVLM
+from fvlm.research.records import RunRecords, read_run
+from fvlm.schema import ConfigError
+
+PROCESSOR_FILE = "processor_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model that can be asked."""
+
+    model: FoveatedVLM | MultiTokenVLM
+    processor: FoveatedProcessor
+    checkpoint: Checkpoint
+
+    @property
+    def trained_mode(self) -> str | None:
+        """The mode that its run trained; None where there is no run."""
+        return self.checkpoint.config.train.mode if self.checkpoint.config else None
+
+    @property
+    def fine_iterations(self) -> int:
+        """Fine passes that its run began with, else 1."""
+        return self.checkpoint.config.train.fine_iterations[0] if self.checkpoint.config else 1
+
+
+def open_model(name: str, tokenizer: str | None = None) -> OpenedModel:
+    """Opens a folder of `launch/export.py`, a run (its best checkpoint), a checkpoint, or `hf:owner/name`.
+
+    `tokenizer` is for a folder that names none, and replaces a run's. Raises ConfigError where there is no such thing,
+    it cannot be read, or no tokenizer is known.
+    """
+    checkpoint = open_checkpoint(name)
+    folder = Path(checkpoint.weights).parent
+    try:
+        if tokenizer is None and (folder / PROCESSOR_FILE).is_file():
+            processor = FoveatedProcessor.from_pretrained(folder)
+        else:
+            processor = build_processor(checkpoint, tokenizer)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: its processor: {error}") from error
+    return OpenedModel(model=checkpoint.model, processor=processor, checkpoint=checkpoint)
+
+
+def build_processor(checkpoint: Checkpoint, tokenizer: str | None = None) -> FoveatedProcessor:
+    """The processor that shows media as the checkpoint's run did.
+
+    Raises ConfigError where the tokenizer is not known or does not fit the model.
+    """
+    config, geometry = checkpoint.config, checkpoint.model.config
+    name = tokenizer or (config.tokenizer if config else None)
+    if name is None:
+        raise ConfigError(
+            f"--tokenizer: {checkpoint.weights} does not say which; give tiny, a Hugging Face id or a folder"
+        )
+    mixture = checkpoint.mixture
+    return processor_for(geometry, name, looks=mixture.looks, question_first=mixture.question_first == 1)
+
+
+def processor_for(
+    geometry: FoveatedConfig, tokenizer: str, looks: int = 8, question_first: bool = False
+) -> FoveatedProcessor:
+    """A processor for a model's geometry.
+
+    Args:
+        tokenizer: `tiny`, a Hugging Face id or a folder.
+        looks: visual tokens of a still in training; the multi-token baseline takes one frame.
+
+    Raises ConfigError where the tokenizer cannot be read, has no chat format, or has more tokens than the model.
+    """
+    try:
+        loaded = load_tokenizer(tokenizer)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tokenizer {tokenizer}: {error}") from error
+    if len(loaded) > geometry.llm_config.vocab_size:
+        raise ConfigError(
+            f"--tokenizer {tokenizer}: {len(loaded)} tokens, but the model has {geometry.llm_config.vocab_size}; "
+            f"choose the tokenizer that it was trained with"
+        )
+    copies = 1 if geometry.architecture == "multi_token" else max(1, looks // geometry.tokens_per_frame)
+    return FoveatedProcessor(loaded, frame_size=geometry.image_size, looks=copies, question_first=question_first)
+
+
+def run_records(name: str) -> RunRecords | None:
+    """The records of the run that `name`, its folder or one of its checkpoints, belongs to; None without any.
+
+    Raises ValueError for a record that is there and cannot be read.
+    """
+    for folder in (Path(name), *Path(name).absolute().parents[:3]):
+        if (folder / "checkpoints").is_dir():
+            try:
+                return read_run(folder)
+            except FileNotFoundError:
+                return None
+    return None

@@ -251,4 +251,4 @@ def _flatten(config: Any, prefix: str) -> dict[str, Any]:
         if f.metadata.get("operational"):
             continue
         flat |= _flatten(value, f"{prefix}{f.name}.") if is_dataclass(value) else {f"{prefix}{f.name}": value}
-    return json.loads(json.dumps(flat))
+    return json.loads(json.dumps(flat, default=dataclasses.asdict))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fvlm.schema import OPERATIONAL, require
+from fvlm.schema import OPERATIONAL, ConfigError, require
 
 GROUPS = ("connector", "dino", "llm")
 """Of parameters, each with a learning rate of its own."""
@@ -75,6 +75,40 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FreezeUntil:
+    """A part that is frozen over the first share of the run, and trained after it."""
+
+    part: str
+    """As in `train.freeze`."""
+    until: float
+    """Share of the run's samples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters on the language model's matrices, which are frozen themselves (docs/training.md)."""
+
+    rank: int = 16
+    """Of each adapter."""
+    alpha: float = 32.0
+    """The adapters' product counts alpha / rank times."""
+    targets: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the trunk: names, or one regular expression for whole paths such as layers.0.mlp.up_proj."""
+    dora: bool = False
+    """DoRA: the length of each row of a matrix is trained apart from its direction."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "train.lora.rank", self.rank, "at least 1")
+        require(self.alpha > 0, "train.lora.alpha", self.alpha, "above 0")
+        require(len(self.targets) > 0, "train.lora.targets", self.targets, "at least one linear layer")
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise ConfigError(f"train.lora.targets = {self.targets!r}: not a regular expression: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Objective, optimizer and schedule."""
 
@@ -108,10 +142,15 @@ class TrainConfig:
     """AdamW's."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: no clipping."""
-    freeze: tuple[str, ...] = ()
-    """Groups that are not trained: connector, dino, llm; or `llm:8`, the language model's first eight layers."""
+    freeze: tuple[str | FreezeUntil, ...] = ()
+    """Parts that are not trained: connector, dino, llm, or `llm:8`, the language model's first eight layers; with
+    `{part: llm, until: 0.2}` only over the first fifth of the samples."""
+    lora: LoraConfig | None = None
+    """Adapters instead of the language model's own weights; needs `peft`."""
     activation_checkpointing: bool | CheckpointingConfig = False
     """Recompute blocks in the backward pass: less memory, about a third more work; true: all of them."""
+    compile: bool = field(default=False, **OPERATIONAL)
+    """Compile a block of each kind with torch.compile: minutes at the start; meant for a GPU (docs/kernels.md)."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -139,11 +178,7 @@ class TrainConfig:
         require(bool(iterations) and min(iterations) >= 1, "train.fine_iterations", iterations, "numbers of at least 1")
         betas_fit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(betas_fit, "train.betas", self.betas, "two numbers in [0, 1)")
-        for place, group in enumerate(self.freeze):
-            known = group in GROUPS or re.fullmatch(r"llm:[1-9]\d*", group)
-            expected = "connector, dino, llm, or llm:K for the language model's first K layers"
-            require(bool(known), f"train.freeze[{place}]", group, expected)
-        require(set(self.freeze) != set(GROUPS), "train.freeze", self.freeze, "at least one group left to train")
+        self._require_freezable()
         coarse_loss_fits = self.lambda_coarse == 0 or self.mode == "coarse_fine"
         require(coarse_loss_fits, "train.lambda_coarse", self.lambda_coarse, "0 unless train.mode = coarse_fine")
         for group in GROUPS:
@@ -152,6 +187,47 @@ class TrainConfig:
             converging = self.schedule == "converging"
             expected = "a rate with schedule: converging, else null"
             require((rate.target is not None) == converging, f"{key}.target", rate.target, expected)
+
+    def _require_freezable(self) -> None:
+        for place, entry in enumerate(self.freeze):
+            key, part = f"train.freeze[{place}]", entry.part if isinstance(entry, FreezeUntil) else entry
+            known = part in GROUPS or re.fullmatch(r"llm:[1-9]\d*", part)
+            require(bool(known), key, part, "connector, dino, llm, or llm:K for the language model's first K layers")
+            if isinstance(entry, FreezeUntil):
+                require(0 < entry.until < 1, f"{key}.until", entry.until, "a share of the run, above 0 and below 1")
+            if self.lora is not None:
+                expected = "no part of the language model, which train.lora freezes; {part, until} delays the adapters"
+                require(isinstance(entry, FreezeUntil) or not part.startswith("llm"), key, part, expected)
+        parts = [entry.part if isinstance(entry, FreezeUntil) else entry for entry in self.freeze]
+        require(len(set(parts)) == len(parts), "train.freeze", parts, "each part once")
+        require(not set(GROUPS) <= set(parts), "train.freeze", parts, "at least one group left to train at any time")
+        bottoms = {int(part[4:]) for part in self._until if part.startswith("llm:")} | {self.guard.llm_bottom}
+        expected = "the same number of first layers in every llm:K with until, and in train.guard.llm_bottom"
+        require(len(bottoms - {None}) <= 1, "train.freeze", parts, expected)
+        contradicts = any(":" in part for part in self._until) and any(part.startswith("llm") for part in self.frozen)
+        expected = "no llm:K with until beside a part of the language model that is never trained"
+        require(not contradicts, "train.freeze", parts, expected)
+
+    @property
+    def _until(self) -> dict[str, float]:
+        return {entry.part: entry.until for entry in self.freeze if isinstance(entry, FreezeUntil)}
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parts that are never trained."""
+        return tuple(part for part in self.freeze if isinstance(part, str))
+
+    def frozen_at(self, progress: float) -> frozenset[str]:
+        """Parts that are frozen for a time, at a step that ends at `progress`, in [0, 1]: groups, or `llm_bottom`."""
+        return frozenset(
+            "llm_bottom" if ":" in part else part for part, until in self._until.items() if progress <= until
+        )
+
+    @property
+    def llm_bottom(self) -> int | None:
+        """First layers of the language model that are frozen, for a time or by the guard, apart from the rest."""
+        cut = (int(part.partition(":")[2]) for part in self._until if ":" in part)
+        return next(cut, self.guard.llm_bottom)
 
     @property
     def checkpointing(self) -> CheckpointingConfig:

@@ -39,7 +39,7 @@ from fvlm.data.table_store import open_table
 from fvlm.model.configuration import PRESETS
 from fvlm.schema import ConfigError, apply_override, build
 from fvlm.train import planner
-from fvlm.train.gpus import GPUS, find_gpu
+from fvlm.train.gpus import GIB, GPUS, find_gpu
 from fvlm.train.plan_text import table_of, text_of
 from fvlm.train.work_model import SAMPLES
 
@@ -56,6 +56,7 @@ def parse() -> argparse.Namespace:
     machine.add_argument("--gpus", type=int, default=1, help="number of GPUs, of one machine; default 1")
     machine.add_argument("--stage", default="stage2", choices=SAMPLES, help="whose samples; default stage2")
     machine.add_argument("--memory", type=float, help="GiB of each GPU to use; default what CUDA shows of it")
+    machine.add_argument("--host-memory-gb", type=float, help="GB (1e9 bytes) of the machine's own; default: any")
     machine.add_argument("--step-tokens", type=int, default=131_072, help="rows of a step over all GPUs")
     machine.add_argument("--price", type=float, help="US dollars of a GPU hour; default an assumption")
     machine.add_argument("--mfu", type=float, help="measured utilisation while computing; default an assumption")
@@ -157,7 +158,7 @@ def propose(args: argparse.Namespace) -> int:
 
 def requests(args: argparse.Namespace) -> list[planner.Request]:
     """What the command line asks to plan for. Raises ConfigError."""
-    for name in ("gpus", "step_tokens", "memory", "price"):
+    for name in ("gpus", "step_tokens", "memory", "host_memory_gb", "price"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
@@ -174,6 +175,7 @@ def requests(args: argparse.Namespace) -> list[planner.Request]:
         planner.Request(
             model=model, stage=args.stage, gpu=find_gpu(gpu), ranks=ranks, step_tokens=args.step_tokens,
             limit=args.memory or find_gpu(gpu).memory, mfu=mfu, price=args.price,
+            host_limit=args.host_memory_gb and args.host_memory_gb * 1e9 / GIB,
         )
         for model in models
         for gpu, ranks in machines
@@ -202,6 +204,7 @@ def plan_machine(args: argparse.Namespace) -> int:
     else:
         request, choice = planned[0]
         nothing = f"plan: {request.model} fits {request.gpu.name} x {request.ranks} in no configuration"
+        nothing += f" that takes at most {args.host_memory_gb:g} GB of host memory" if args.host_memory_gb else ""
         print(text_of(request, choice) if choice else nothing)
     if args.json:
         plans = [planner.summary(request, choice) for request, choice in planned if choice is not None]

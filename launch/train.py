@@ -77,7 +77,7 @@ def _train(config: RunConfig, zero: tuple[dict, str], world: World, heartbeat: H
         for name, text in derived_numbers(config, data, engine, state).items():
             logging.info("%-8s %s", name, text)
     preflight(engine, config, data.plan.capacities, zero[0])
-    with open_writer(config, state.run_id, state.step, world.is_main) as writer:
+    with open_writer(config, state.run_id, state.step, state.last_evaluation, world.is_main) as writer:
         trainer = Trainer(engine, config, data.plan, state, store, writer, evaluate, heartbeat, notice)
         trainer.run(open_loader(config, data, world, PlanState(**state.plan), reference.get(TRAINING)))
     if world.is_main:

@@ -37,6 +37,11 @@ _AHEAD = 2  # packs on their way through each worker
 _MIN_LOST = 10  # fewer lost samples than this stop no run, whatever their share
 
 
+def num_buffers(num_workers: int, accumulation: int) -> int:
+    """Packs that a rank holds in memory: on their way through its workers, and of three steps."""
+    return _AHEAD * num_workers + 3 * accumulation + 1
+
+
 @dataclass(kw_only=True, slots=True)
 class LoadedStep:
     """This rank's share of one step."""
@@ -121,7 +126,7 @@ class PackLoader:
 
     def __iter__(self) -> Iterator[LoadedStep]:
         accumulation = self._packs_per_step // self._world_size
-        pool = BufferPool(_AHEAD * self._num_workers + 3 * accumulation + 1, self._layout.nbytes)
+        pool = BufferPool(num_buffers(self._num_workers, accumulation), self._layout.nbytes)
         on_host = self._read_steps(pool, accumulation)
         steps = _copied_ahead(on_host, self._device) if self._device.type == "cuda" else on_host
         num_read, reasons = 0, Counter()

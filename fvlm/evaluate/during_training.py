@@ -57,14 +57,24 @@ def validation_pairs(suite: Suite) -> TrainingData:
 
 def validation(
     config: RunConfig, suite: Suite, world: World, reference: np.ndarray | None = None
-) -> Callable[[nn.Module, int], dict]:
-    """What the loop calls with the model and the step.
+) -> Callable[[nn.Module, int, Callable[[], None]], dict]:
+    """What the loop calls with the model, the step, and a function.
+
+    That is called before each pack that goes through the model, and may end the evaluation by what it raises; all ranks
+    have equally many packs.
 
     `reference` float32 [n, 2]: of the set's pairs, for the objective `dpo`.
     """
     mode, iterations = config.train.mode, config.train.fine_iterations[0]
 
-    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+    def evaluate(model: nn.Module, step: int, before_pack: Callable[[], None]) -> dict[str, float]:
+        hook = model.register_forward_pre_hook(lambda *_: before_pack(), prepend=True)  # before ZeRO-3's own
+        try:
+            return ask(model, step)
+        finally:
+            hook.remove()
+
+    def ask(model: nn.Module, step: int) -> dict[str, float]:
         if "maps" in config.evaluation.tasks:
             maps = suite.maps(model, [mode], iterations)
             if world.is_main:

@@ -1,6 +1,6 @@
 """Text after frames: transformers' ``generate`` behind the model's own looking.
 
-Shapes: B samples, n frames, L text tokens, P = visual and text positions, d = language-model width.
+Shapes: B samples, P = rows of the longest, d = language-model width.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from .padded import pack_padded
+from .packed import PackedBatch
 
 if TYPE_CHECKING:
     from .base import VisionLanguageModel
@@ -31,25 +32,16 @@ def decoding(llm: nn.Module) -> Iterator[None]:
         llm.config._attn_implementation = before
 
 
-def generate(
-    model: VisionLanguageModel,
-    frames: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    frame_mask: Tensor | None,
-    visual_at: Tensor | None,
-    mode: str,
-    fine_iterations: int,
-    **options,
-) -> Tensor:
-    """Tokens after each sample's text; see ``VisionLanguageModel.generate``."""
-    padded = pack_padded(model.config, frames, input_ids, attention_mask, None, frame_mask, visual_at)
-    text = model.llm.get_input_embeddings()(padded.batch.token_ids)
-    visual = model.visual_tokens(padded.batch, text, mode, fine_iterations, False)
-    rows = model.sequence(padded.batch, text, visual.tokens)
+def generate(model: VisionLanguageModel, batch: PackedBatch, mode: str, fine_iterations: int, **options) -> Tensor:
+    """Tokens after each sample of a pack without unused samples; see ``VisionLanguageModel.generate``."""
+    text = model.llm.get_input_embeddings()(batch.token_ids)
+    visual = model.visual_tokens(batch, text, mode, fine_iterations, False)
+    rows = model.sequence(batch, text, visual.tokens)
     rows[-1] = 0  # holds what unused slots do
-    real = padded.row_of_position < len(rows) - 1
-    to_the_right = real.long().argsort(dim=1, stable=True)  # padding first: the last position writes the next token
-    embedded = rows[padded.row_of_position.gather(1, to_the_right)]
+    starts, lengths = batch.cu_seqlens[:-1, None], batch.cu_seqlens.diff()[:, None]
+    # padding first: the last position writes the next token
+    place = torch.arange(int(lengths.max()), device=rows.device) - (lengths.max() - lengths)
+    real = place >= 0
+    embedded = rows[torch.where(real, starts + place, len(rows) - 1)]
     with decoding(model.llm):
-        return model.llm.generate(inputs_embeds=embedded, attention_mask=real.gather(1, to_the_right).long(), **options)
+        return model.llm.generate(inputs_embeds=embedded, attention_mask=real.long(), **options)

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..kernels.varlen_attention import varlen_attention
 from . import answering, convert
+from .branches import Branches, branched_hidden_states
 from .configuration import FoveatedConfig
 from .encoder import FoveatedEncoder
 from .packed import PackedBatch
@@ -65,6 +66,11 @@ def _attention(module, query, key, value, attention_mask, cu_seqlens=None, max_s
 
 
 AttentionInterface.register("fvlm", _attention)
+
+
+def _decode(layer: nn.Module, rows: Tensor, positions: tuple, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """One decoder layer over packed rows [1, ., d]; what is compiled is this, once for all layers."""
+    return layer(rows, position_embeddings=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
 
 
 @dataclass
@@ -124,6 +130,20 @@ class VisionLanguageModel(PreTrainedModel):
         self.llm = llm if llm is not None else LlamaForCausalLM(config.llm_config)
         self.llm.config._attn_implementation = "fvlm"
         self.dino_to_llm = nn.Linear(config.vision_config.hidden_size, config.llm_config.hidden_size)
+        self._decode = _decode
+        self.compiled = False
+        """Whether blocks are compiled (:meth:`compile_blocks`)."""
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile one encoder block, one query block and one decoder layer, each for all layers that it serves.
+
+        There is one graph a shape and mode (training, evaluation, recomputed or not), made at its first use; names of
+        parameters stay as they are, and decoding with a cache is not compiled.
+        """
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        self._decode = torch.compile(_decode, backend=backend, fullgraph=True, dynamic=False)
+        self.encoder.compile_blocks(backend)
+        self.compiled = True
 
     # -- passes ---------------------------------------------------------------------------------------------------
 
@@ -140,6 +160,7 @@ class VisionLanguageModel(PreTrainedModel):
         batch: PackedBatch | None = None,
         entropy: bool = False,
         coarse_loss: bool = False,
+        branches: Branches | None = None,
     ) -> VLMOutput:
         """Padded form for people, or one pack: the same mathematics, on packs.
 
@@ -156,13 +177,18 @@ class VisionLanguageModel(PreTrainedModel):
             batch: a pack, instead of all tensors above.
             entropy: also return the attention entropy.
             coarse_loss: also return the loss of the coarse tokens (``coarse_fine`` only).
+            branches: texts that go on from the pack's samples; their labels count, and not the pack's.
 
         Raises:
-            ValueError: an unknown mode, ``fine_iterations`` below 1, or missing input.
+            ValueError: an unknown mode, ``fine_iterations`` below 1, missing input, or ``branches`` without a pack.
         """
         _require_mode(mode, fine_iterations)
+        if branches is not None and (batch is None or coarse_loss):
+            raise ValueError("branches go on from a batch=PackedBatch, and have no coarse_loss")
         if batch is not None:
-            return self._run(batch, mode, fine_iterations, entropy, coarse_loss)[0]
+            if batch.frames.device.type == "cpu" and not (self.compiled or torch.compiler.is_compiling()):
+                batch = batch.without_unused()  # fixed shapes are for graphs
+            return self._run(batch, mode, fine_iterations, entropy, coarse_loss, branches)[0]
         if frames is None or input_ids is None:
             raise ValueError("forward needs frames and input_ids, or batch=PackedBatch")
         padded = pack_padded(self.config, frames, input_ids, attention_mask, labels, frame_mask, visual_at)
@@ -176,18 +202,20 @@ class VisionLanguageModel(PreTrainedModel):
     @torch.no_grad()
     def generate(
         self,
-        frames: Tensor,
-        input_ids: Tensor,
+        frames: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         mode: str = "autoregressive",
         fine_iterations: int = 1,
         frame_mask: Tensor | None = None,
         visual_at: Tensor | None = None,
+        batch: PackedBatch | None = None,
         **options,
     ) -> Tensor:
         """Write on from each sample's text, after looking at its frames; arguments as of :meth:`forward`.
 
         Args:
+            batch: a pack without unused samples, instead of all tensors.
             options: of transformers' ``generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``streamer`` …
                 It is called with embeddings, so that it returns new tokens only.
 
@@ -195,18 +223,23 @@ class VisionLanguageModel(PreTrainedModel):
             int64 [B · num_return_sequences, new tokens], padded behind the end of a text.
 
         Raises:
-            ValueError: an unknown mode, ``fine_iterations`` below 1, or shapes that do not fit.
+            ValueError: an unknown mode, ``fine_iterations`` below 1, missing input, or shapes that do not fit.
         """
         _require_mode(mode, fine_iterations)
-        return answering.generate(
-            self, frames, input_ids, attention_mask, frame_mask, visual_at, mode, fine_iterations, **options
-        )
+        if batch is None:
+            if frames is None or input_ids is None:
+                raise ValueError("generate needs frames and input_ids, or batch=PackedBatch")
+            batch = pack_padded(self.config, frames, input_ids, attention_mask, None, frame_mask, visual_at).batch
+        return answering.generate(self, batch, mode, fine_iterations, **options)
 
-    def _run(self, batch, mode, fine_iterations, entropy, coarse_loss) -> tuple[VLMOutput, Tensor]:
+    def _run(self, batch, mode, fine_iterations, entropy, coarse_loss, branches=None) -> tuple[VLMOutput, Tensor]:
         text = self.llm.get_input_embeddings()(batch.token_ids)
         visual = self.visual_tokens(batch, text, mode, fine_iterations, entropy)
-        hidden = self.hidden_states(batch, text, visual.tokens)
-        loss = self._loss(batch, hidden)
+        if branches is None:
+            hidden = self.hidden_states(batch, text, visual.tokens)
+        else:
+            hidden = branched_hidden_states(self, batch, branches, text, visual.tokens)
+        loss = self._loss(batch if branches is None else branches, hidden)
         out = VLMOutput(
             loss_sum=loss.loss_sum,
             logprobs=loss.logprobs,
@@ -240,16 +273,13 @@ class VisionLanguageModel(PreTrainedModel):
 
     def run_llm(self, rows: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The language model's trunk over packed rows."""
-        out = self.llm.model(
-            inputs_embeds=rows.unsqueeze(0),
-            position_ids=position_ids.unsqueeze(0),
-            use_cache=False,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-        )
-        return out.last_hidden_state.squeeze(0)
+        trunk, rows = self.llm.model, rows.unsqueeze(0)
+        positions = trunk.rotary_emb(rows, position_ids.unsqueeze(0))
+        for layer in trunk.layers:
+            rows = self._decode(layer, rows, positions, cu_seqlens, max_seqlen)
+        return trunk.norm(rows).squeeze(0)
 
-    def _loss(self, batch: PackedBatch, hidden: Tensor):
+    def _loss(self, batch: PackedBatch | Branches, hidden: Tensor):
         return linear_cross_entropy(hidden.index_select(0, batch.loss_index), self.llm.lm_head.weight, batch.labels)
 
     # -- parameters -----------------------------------------------------------------------------------------------

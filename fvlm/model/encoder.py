@@ -90,6 +90,13 @@ class FoveatedEncoder(nn.Module):
         self.recomputed = (False,) * len(self.dino.encoder.layer)
         """For each block, whether the backward pass computes it again."""
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """See :meth:`VisionLanguageModel.compile_blocks`."""
+        self._run_block, self._query_block = (
+            torch.compile(block, backend=backend, fullgraph=True, dynamic=False)
+            for block in (self._run_block, self._query_block)
+        )
+
     # -- frames ---------------------------------------------------------------------------------------------------
 
     def forward(self, frames: Tensor, coarse_query: Tensor | None = None, features: bool = False) -> EncodedFrames:
@@ -103,15 +110,16 @@ class FoveatedEncoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
             x = self.embed(frames)
         num_keys = x.shape[1]
-        num_layers = len(self.dino.encoder.layer)
         rides = coarse_query is not None and self.deep and self.trains
         if rides:
             rider = self.query_input_proj(coarse_query).to(x.dtype).expand(len(x), 1, -1)
             x = torch.cat([x, rider], dim=1)
         keys, values = [], []
-        for index in range(num_layers):
-            last = self.deep and not features and index == num_layers - 1
-            x, key, value = self._run_block(index, x, num_keys, last)
+        trains = self.trains
+        for index, layer in enumerate(self.dino.encoder.layer):
+            last = self.deep and not features and index == len(self.dino.encoder.layer) - 1
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+                x, key, value = self._run_block(layer, x, num_keys, last, self.recomputed[index])
             keys.append(key)
             values.append(value)
         encoded = EncodedFrames(layer_keys=keys, layer_values=values)
@@ -139,23 +147,21 @@ class FoveatedEncoder(nn.Module):
         if frames.dtype == torch.uint8:
             # conv((x/255 − mean)/std) = conv'(x) with weights over 255·std and the mean's share taken off the bias
             # (in float32: the share is a sum of hundreds of products), and rounded once
-            exact = torch.promote_types(weight.dtype, torch.float32)
-            mean = torch.tensor(PIXEL_MEAN, dtype=exact, device=weight.device).view(1, 3, 1, 1)
-            std = torch.tensor(PIXEL_STD, dtype=exact, device=weight.device).view(1, 3, 1, 1)
-            bias = (bias - (weight * (mean / std)).sum((1, 2, 3))).to(weight.dtype)
-            weight = (weight / (255 * std)).to(weight.dtype)
+            # by plain numbers: a tensor made of them here would be a copy to the device that the host waits for
+            planes = weight.to(torch.promote_types(weight.dtype, torch.float32)).unbind(1)
+            means = [w.sum((1, 2)) * (m / s) for w, m, s in zip(planes, PIXEL_MEAN, PIXEL_STD, strict=True)]
+            bias = (bias - sum(means)).to(weight.dtype)
+            weight = torch.stack([w / (255 * s) for w, s in zip(planes, PIXEL_STD, strict=True)], 1).to(weight.dtype)
         # a loaded pack's frames lie as JPEGs are decoded, pixel by pixel; converting them puts them into planes
         frames = frames.to(weight.dtype, memory_format=torch.contiguous_format)
         patches = F.conv2d(frames, weight, bias, stride=projection.stride).flatten(2).transpose(1, 2)
         x = torch.cat([embeddings.cls_token.expand(len(frames), -1, -1), patches], dim=1)
         return x + embeddings.interpolate_pos_encoding(x, frames.shape[2], frames.shape[3])
 
-    def _run_block(self, index: int, x: Tensor, num_keys: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-        layer = self.dino.encoder.layer[index]
-        if not self.trains:
-            with torch.no_grad():
-                return self._block(layer, x, num_keys, last)
-        if self.recomputed[index] and self.training and torch.is_grad_enabled():
+    def _run_block(
+        self, layer: nn.Module, x: Tensor, num_keys: int, last: bool, recomputed: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if recomputed and self.training and torch.is_grad_enabled():
             return checkpoint(self._block, layer, x, num_keys, last, use_reentrant=False)
         return self._block(layer, x, num_keys, last)
 
@@ -204,29 +210,30 @@ class FoveatedEncoder(nn.Module):
         entropies, weights = [], []
         offsets = frame_offsets(visual_frame, len(encoded.layer_keys[0]))
 
-        def attend(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            q = q * self.query_logit_scale if self.query_scaled else q
+        layers = self.dino.encoder.layer if self.deep else [None]
+        for layer, key, value in zip(layers, encoded.layer_keys, encoded.layer_values, strict=True):
             if maps:
-                weights.append(attention_weights(q, key, visual_frame))
-            out, _, layer_entropy = query_attention(q, key, value, visual_frame, offsets)
+                weights.append(attention_weights(self._layer_query(layer, u), key, visual_frame))
+            u, layer_entropy = self._query_block(layer, u, key, value, visual_frame, offsets)
             entropies.append(layer_entropy)
-            return out.flatten(1)
-
-        if self.deep:
-            for layer, key, value in zip(
-                self.dino.encoder.layer, encoded.layer_keys, encoded.layer_values, strict=True
-            ):
-                proj = projections(layer)
-                seen = attend(self._heads(proj.q(layer.norm1(u))), key, value)
-                u = u + layer.layer_scale1(proj.o(seen))
-                u = u + layer.layer_scale2(layer.mlp(layer.norm2(u)))
-        else:
-            u = attend(self._heads(u), encoded.layer_keys[0], encoded.layer_values[0])
         return Look(
             self._output(u),
             torch.stack(entropies).mean((0, 2)) if entropy else None,
             torch.stack(weights, dim=1) if maps else None,
         )
+
+    def _layer_query(self, layer: nn.Module | None, u: Tensor) -> Tensor:
+        """[V, h, k]: what a layer's query asks, temperature included; without a layer (shallow mode), u itself."""
+        q = self._heads(u if layer is None else projections(layer).q(layer.norm1(u)))
+        return q * self.query_logit_scale if self.query_scaled else q
+
+    def _query_block(self, layer, u, key, value, visual_frame, offsets) -> tuple[Tensor, Tensor]:
+        """One block for queries u [V, D] over a frame's K and V: what they are after it, and their entropy [V, h]."""
+        seen, _, entropy = query_attention(self._layer_query(layer, u), key, value, visual_frame, offsets)
+        if layer is None:
+            return seen.flatten(1), entropy
+        u = u + layer.layer_scale1(projections(layer).o(seen.flatten(1)))
+        return u + layer.layer_scale2(layer.mlp(layer.norm2(u))), entropy
 
     def _output(self, u: Tensor) -> Tensor:
         return self.output_proj(self.dino.layernorm(u))

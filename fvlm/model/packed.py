@@ -60,6 +60,24 @@ class PackedBatch:
         """The same pack in page-locked memory."""
         return self._map(lambda x: x.pin_memory())
 
+    def without_unused(self) -> PackedBatch:
+        """The same pack without its last unused frames, rows and coarse rows, of each of which one stays.
+
+        Reads lengths: for packs in the host's memory, where no shape needs to be fixed.
+        """
+        num_rows, num_coarse = (max(1, int(x[-1])) for x in (self.cu_seqlens, self.coarse_cu_seqlens))
+        looked_at = self.visual_frame[self.visual_index < len(self.token_ids)]
+        num_frames = int(looked_at.max()) + 1 if len(looked_at) else 1
+        return replace(
+            self,
+            frames=self.frames[:num_frames],
+            token_ids=self.token_ids[:num_rows],
+            position_ids=self.position_ids[:num_rows],
+            visual_index=self.visual_index.clamp(max=num_rows),
+            visual_frame=self.visual_frame.clamp(max=num_frames - 1),
+            coarse_index=self.coarse_index[:num_coarse].clamp(max=num_rows),
+        )
+
     def validate(self) -> None:
         """Check every rule that can be checked from the pack alone.
 

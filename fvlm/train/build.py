@@ -23,6 +23,7 @@ from fvlm.data.shard_cache import ShardCache
 from fvlm.data.table_store import open_table
 from fvlm.model import FoveatedConfig, FoveatedVLM, MultiTokenVLM, build_model, convert, model_class, tiny_config
 from fvlm.schema import ConfigError
+from fvlm.train import lora
 from fvlm.train.checkpoint import read_pointer
 from fvlm.train.engine import World
 from fvlm.train.optimizer import freeze
@@ -170,7 +171,7 @@ def load_model(config: RunConfig, vocab_size: int, resumed: Path | None = None) 
 
     `vocab_size` is the tokenizer's: `tiny` takes it, any other model has to have as many; `resumed` is a checkpoint of
     the run itself, which then needs nothing else. Frozen groups are marked. Raises ConfigError for weights that are not
-    there or do not fit, and for a vocabulary smaller than the tokenizer's.
+    there or do not fit, for a vocabulary smaller than the tokenizer's, and for adapters that cannot be.
     """
     torch.manual_seed(config.train.seed)
     chosen, init = config.model, str(resumed) if resumed else config.init_from
@@ -193,7 +194,11 @@ def load_model(config: RunConfig, vocab_size: int, resumed: Path | None = None) 
         what = f"init_from = {init!r}" if init else f"model = {chosen.backbones}"
         raise ConfigError(f"{what}: {error}") from error
     _require_room(model, vocab_size, config, init)
-    freeze(model, config.train.freeze)
+    freeze(model, config.train.frozen)
+    if config.train.lora is not None:
+        lora.add_adapters(model, config.train.lora, config.train.seed)
+        if resumed is not None:
+            lora.restore_base(model, resumed)
     return model.train()
 
 

@@ -61,6 +61,8 @@ class RunState:
     """Wall time on every rank, summed; the number of ranks may change from start to start."""
     loss_since_evaluation: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """Σ loss and number of labels of the training steps since the last evaluation."""
+    last_record: dict[str, Any] = field(default_factory=dict)
+    """Of the newest step in `metrics.jsonl`; an evaluation repeats some of it."""
     last_evaluation: int = -1
     """Step of the last evaluation."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -90,7 +92,7 @@ class RunState:
 class CheckpointStore:
     """The checkpoints of one run, in `folder` on a file system that all ranks share; all methods are collective.
 
-    A save is published between two steps once every rank has written its files, by `poll` or `settle`; where one of
+    A save is published by `settle`, between two steps: at once where every rank has `written` its files. Where one of
     them could not, nothing is published, the run goes on, and the next save is the next try. A store of those `before`
     a step looks back at a run: it finds no later ones, and leaves the pointers alone.
     """
@@ -131,12 +133,10 @@ class CheckpointStore:
         job.start()
         self._pending = job, state
 
-    def poll(self) -> None:
-        """Publish the save under way if all ranks have written their files; costs nothing where there is none."""
-        if self._pending is not None:
-            written = torch.tensor(float(self._pending[0].written), device=self.world.device)
-            if int(self.world.sum(written)) == self.world.size:
-                self.settle()
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its files of the save under way; False where there is none."""
+        return self._pending is not None and self._pending[0].written
 
     def settle(self, required_step: int | None = None) -> None:
         """Wait for the save under way and publish it.

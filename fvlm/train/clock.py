@@ -26,7 +26,7 @@ class Clock:
     def __init__(self, before: float, device: torch.device, num_devices: int):
         self._before, self._device, self._num_devices = before, device, num_devices
         self._started = time.perf_counter()
-        self._reset()
+        self._reset(self._started)
 
     def wall_seconds(self) -> float:
         """Seconds since the run's very first start, the time between a kill and its resumption left out."""
@@ -45,15 +45,19 @@ class Clock:
         finally:
             self._paused += time.perf_counter() - begun
 
-    def rates(self) -> dict[str, float | None]:
-        """Rates over all ranks since the last call; MFU is None where the device's peak is unknown, memory on a CPU."""
-        seconds, counts = time.perf_counter() - self._since - self._paused, self._counts
+    def rates(self, until: float | None = None) -> dict[str, float | None]:
+        """Rates over all ranks since the last call, up to when the last step was done (`time.perf_counter`; None: now).
+
+        MFU is None where the device's peak is unknown, memory on a CPU.
+        """
+        until = time.perf_counter() if until is None else until
+        seconds, counts = until - self._since - self._paused, self._counts
         mfu = allocated = reserved = None
         if self._device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(self._device))
             mfu = counts["flops"] / (seconds * peak * self._num_devices) if peak else None
             allocated, reserved = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
-        self._reset()
+        self._reset(until)
         return {
             "step_sec": seconds / max(1, counts["steps"]),
             "throughput_samples_sec": counts["samples"] / seconds,
@@ -64,6 +68,6 @@ class Clock:
             "gpu_mem_reserved_gb": None if reserved is None else reserved / GIB,
         }
 
-    def _reset(self) -> None:
-        self._since, self._paused = time.perf_counter(), 0.0
+    def _reset(self, since: float) -> None:
+        self._since, self._paused = since, 0.0
         self._counts: Counter = Counter()

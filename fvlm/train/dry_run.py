@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from fvlm.data.capacities import Capacities
 from fvlm.model import FoveatedConfig, PackedBatch, build_model
 from fvlm.train.live_memory import LiveMemory
+from fvlm.train.lora import add_adapters
 from fvlm.train.optimizer import freeze as freeze_groups
-from fvlm.train_config import CheckpointingConfig
+from fvlm.train_config import CheckpointingConfig, LoraConfig
 
 NO_CHECKPOINTING = CheckpointingConfig()
 
@@ -43,12 +44,16 @@ class DryRun:
         return sum(self.peak.values())
 
 
-def meta_model(geometry: FoveatedConfig, dtype: torch.dtype, freeze: tuple[str, ...] = ()) -> nn.Module:
-    """The model without memory, in training mode, with parameter groups frozen."""
+def meta_model(
+    geometry: FoveatedConfig, dtype: torch.dtype, freeze: tuple[str, ...] = (), lora: LoraConfig | None = None
+) -> nn.Module:
+    """The model without memory, in training mode, with parameter groups frozen, and adapters."""
     with torch.device("meta"):
-        model = build_model(geometry).to(dtype).train()
-    freeze_groups(model, freeze)
-    return model
+        model = build_model(geometry)
+        freeze_groups(model, freeze)
+        if lora is not None:
+            add_adapters(model, lora, seed=0)
+    return model.to(dtype).train()
 
 
 def meta_pack(geometry: FoveatedConfig, capacities: Capacities) -> PackedBatch:
@@ -85,6 +90,7 @@ def dry_run(
     dtype: torch.dtype = torch.bfloat16,
     keep_gradients: bool = True,
     freeze: tuple[str, ...] = (),
+    lora: LoraConfig | None = None,
     backend: str = "triton",
     **call: Any,
 ) -> DryRun:
@@ -97,10 +103,11 @@ def dry_run(
         dtype: of the weights.
         keep_gradients: parameters' gradients stay (ZeRO-0 and 1); else each leaves as soon as it is complete.
         freeze: parameter groups that are not trained.
+        lora: adapters instead of the language model's own weights.
         backend: who serves the ops: `triton` as on a GPU, or `torch`, which saves other tensors (docs/memory.md).
         call: arguments of the model's call, as `fvlm.train.objectives.call_arguments` gives them.
     """
-    model = meta_model(geometry, dtype, freeze)
+    model = meta_model(geometry, dtype, freeze, lora)
     if checkpointing != NO_CHECKPOINTING:
         model.gradient_checkpointing_enable(encoder=checkpointing.encoder, llm=checkpointing.llm)
     memory = LiveMemory()

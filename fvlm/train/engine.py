@@ -20,12 +20,14 @@ from fvlm.schema import ConfigError
 from fvlm.train import fragments, reshape
 from fvlm.train.guard import not_finite
 from fvlm.train.optimizer import (
+    LLM_BOTTOM,
     build_adamw,
     build_apex_adamw,
     hyperparameters,
     judge_before_update,
     parameter_groups,
     parts,
+    pass_over,
     set_rates,
 )
 from fvlm.train.zero_config import accumulation, fill, resolve_dtype, zero_stage
@@ -148,6 +150,13 @@ class Engine:
         model.to(world.device)
         if train.activation_checkpointing:
             model.gradient_checkpointing_enable(encoder=train.checkpointing.encoder, llm=train.checkpointing.llm)
+        if train.compile:
+            if self.stage == 3:
+                raise ConfigError(
+                    f"train.compile = true: {origin} asks for ZeRO-3, whose hooks inside of blocks cannot be compiled; "
+                    f"use ZeRO-2 or less, or train.compile=false"
+                )
+            model.compile_blocks()
         try:
             optimizer = _optimizer(model, train)
             self._named = _named_groups(model, optimizer)  # DeepSpeed puts tensors of its own into the groups
@@ -160,11 +169,15 @@ class Engine:
         if self.stage != zero_stage(zero) and world.is_main:
             logger.info("%s in bf16 runs as ZeRO-1: DeepSpeed's ZeRO-0 would sum gradients in bf16", origin)
         self._micro_batches = 0
-        self._parts = parts(model, train.guard.llm_bottom)
+        self._lora_scaling = train.lora.alpha / train.lora.rank if train.lora is not None else 1.0
+        self._parts = parts(model, train.llm_bottom)
         self._frozen: set[str] = set()
+        self._frozen_now: frozenset[str] = frozenset()
+        self._hooks: list[Any] = []
         self._verdict, self._judged = not_finite, None
         self.judged_on = judge_before_update(self._engine.basic_optimizer, self._judge)
         """Where a step that must not count is left out: `device` or `host` (docs/training.md)."""
+        pass_over(self._engine.basic_optimizer, lambda: self._all_frozen)
         self._require_fp32(origin)
 
     @property
@@ -187,22 +200,22 @@ class Engine:
         if self._micro_batches < self.accumulation:
             self._engine.step()  # counts the micro-batch; DeepSpeed updates the weights at the last one only
 
-    def step(self, rates: Mapping[str, float], verdict: Callable[[Tensor], Tensor] = not_finite) -> float:
+    def step(self, rates: Mapping[str, float], verdict: Callable[[Tensor], Tensor] = not_finite) -> Tensor:
         """Update the weights at the given rate of each group, unless the step must not count.
 
-        `verdict` takes the norm of the step's whole gradient before clipping, a scalar on the device, and gives
-        another: 1 for a step that leaves weights, moments and decay as they are, bit for bit (`skipped`). Returns the
-        norm; only then does the host wait for the device.
+        `verdict` takes the norm of the step's whole gradient before clipping, a scalar, and gives another on the
+        device: 1 for a step that leaves weights, moments and decay as they are, bit for bit (`skipped`). Returns the
+        norm; nothing of ours waits for the device (docs/training.md says what DeepSpeed and some optimizers do).
         """
         if self._micro_batches != self.accumulation:
             raise RuntimeError(f"step after {self._micro_batches} micro-batches: expected {self.accumulation}")
         self._micro_batches = 0
-        set_rates(self._engine.basic_optimizer.param_groups, rates, self._frozen)
+        set_rates(self._engine.basic_optimizer.param_groups, rates, self._all_frozen)
         self._verdict, self._judged = verdict, None
         self._norm = self._plain_gradient_norm() if self.stage == 0 else None
         self._engine.step()
         self._judge()  # where DeepSpeed itself left the update out, nobody has asked
-        return float(self._norm)
+        return self._norm
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -213,22 +226,36 @@ class Engine:
             setattr(self._engine, counter, value)
 
     @property
-    def skipped(self) -> bool:
-        """Whether the last step did not count."""
-        return bool(self._judged)
+    def skipped(self) -> Tensor:
+        """The last step's verdict, float32 scalar: 1 where it did not count."""
+        return self._judged
 
     def freeze(self, part: str) -> None:
         """Exclude a part (`fvlm.train.optimizer.parts`) from every update from now on.
 
-        Its gradients count as zero, also in the norm, and its rate is 0: weights stay as they are, bit for bit. Work
-        and memory stay too, since DeepSpeed has laid out its buffers.
+        Its gradients count as zero, also in the norm, and the optimizer passes over it: weights, moments and counter
+        stay as they are, bit for bit. Work and memory stay too, since DeepSpeed has laid out its buffers.
         """
-        if part in self._frozen:
-            return
         self._frozen.add(part)
-        for _, parameter in self._parts[part]:
-            if parameter.requires_grad:
-                parameter.register_hook(torch.zeros_like)
+        self._silence()
+
+    def freeze_for_now(self, parts_frozen: frozenset[str]) -> None:
+        """Exclude exactly these parts, and those of `freeze`, until the next call; for before a step's first pass."""
+        if parts_frozen != self._frozen_now:
+            self._frozen_now = parts_frozen
+            self._silence()
+
+    @property
+    def _all_frozen(self) -> set[str]:
+        frozen = self._frozen | self._frozen_now
+        return frozen | {LLM_BOTTOM} if "llm" in frozen else frozen
+
+    def _silence(self) -> None:
+        """Make the gradients of what is frozen zero, and no others."""
+        for hook in self._hooks:
+            hook.remove()
+        found = [p for part in self._all_frozen for _, p in self._parts.get(part, ()) if p.requires_grad]
+        self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in found]
 
     def snapshot(self) -> reshape.EngineState:
         """A copy, on the host, of this rank's share of a checkpoint; rank 0's has the whole weights; collective."""
@@ -279,14 +306,16 @@ class Engine:
 
         parameters = list(self.module.parameters()) if self.stage == 3 else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
-            return reshape.Weights.of(self.module) if self.world.is_main else None
+            return reshape.Weights.of(self.module, self._lora_scaling) if self.world.is_main else None
 
     def _judge(self) -> Tensor:
         """The verdict on the step that is being made, asked for once."""
         if self._judged is None:
-            if self._norm is None:
-                self._norm = self._engine.optimizer._global_grad_norm
-            self._judged = self._verdict(torch.as_tensor(self._norm)).float()
+            norm = self._engine.optimizer._global_grad_norm if self._norm is None else self._norm
+            if not isinstance(norm, Tensor):  # a number that DeepSpeed has read already; `full` makes no copy
+                norm = torch.full((), norm, device=self.world.device)
+            self._norm = norm.detach()
+            self._judged = self._verdict(self._norm).float()
         return self._judged
 
     def _plain_gradient_norm(self) -> Tensor:

@@ -17,6 +17,8 @@ from fvlm.train.zero_config import zero_stage
 NORM_BYTES = 8  # the gradient's norm is summed in float64, a parameter at a time
 REDUCED_AT_ONCE = 500_000_000  # elements that ZeRO-0 and 1 flatten for one all-reduce (`allreduce_gradients`)
 MAX_LIVE = 1_000_000_000  # ZeRO-3's `stage3_max_live_parameters`, unless the JSON says otherwise
+SNAPSHOT_BYTES = 12  # of each trained parameter, over all ranks: fp32 master and moments (`reshape.copy_to_host`)
+LOADING_BYTES = 4  # of each parameter, on every rank: models are read in fp32 before they move to the device
 HOST_BYTES = 22  # of each offloaded parameter: master, moments, gradient, its accumulator, and bf16 copy
 
 
@@ -111,3 +113,28 @@ def engine_memory(parameters: Parameters, zero: Mapping[str, Any], ranks: int, d
     return EngineMemory(
         weights=weights, masters=4 * share, moments=8 * share, gradients=sums, buckets=buckets, reduce=reduce, host=0,
     )  # fmt: skip
+
+
+def host_memory(
+    parameters: Parameters, engine: EngineMemory, ranks: int, dtype: str, buffers: float
+) -> dict[str, float]:
+    """Bytes of a machine's own memory by component, at the worse of two moments, beside Python and its libraries.
+
+    Either all ranks are loading the model, or they train while a checkpoint is on its way to the disk.
+
+    Args:
+        parameters: of the model.
+        engine: what `engine_memory` gives.
+        ranks: N, all of them on this machine.
+        dtype: `bf16` or `fp32`.
+        buffers: bytes of one rank's packs on their way from the workers.
+    """
+    loading = {"models, while loading": float(LOADING_BYTES * parameters.all * ranks)}
+    training = {
+        "offloaded optimizer": engine.host * ranks,
+        "checkpoint's copy, states": float(SNAPSHOT_BYTES * parameters.trained),
+        "checkpoint's copy, weights": (2.0 if dtype == "bf16" else 4.0) * parameters.all,
+        "packs of the loader": buffers * ranks,
+    }
+    worst = max(loading, training, key=lambda found: sum(found.values()))
+    return {name: size for name, size in worst.items() if size}

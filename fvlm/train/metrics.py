@@ -36,17 +36,21 @@ _DATA_COLUMNS = re.compile(
 class MetricsWriter:
     """Appends to `metrics.csv`, `metrics.jsonl` and `data.csv` in `folder`.
 
-    Whatever the files hold beyond `resume_step` is cut off first, so that a resumed curve continues without
-    duplicates; a line that a killed process left unfinished goes with it.
+    Whatever the files hold beyond `resume_step`, and evaluations beyond `last_evaluation`, the last one that the run
+    to be resumed knows of, are cut off first, so that a resumed curve continues without duplicates; a line that a
+    killed process left unfinished goes with it.
     """
 
-    def __init__(self, folder: Path, run_id: str, resume_step: int, wandb: WandbSink | None = None):
+    def __init__(
+        self, folder: Path, run_id: str, resume_step: int, last_evaluation: int, wandb: WandbSink | None = None
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.run_id = run_id
         self._wandb = wandb
         csv_path, jsonl_path = folder / "metrics.csv", folder / "metrics.jsonl"
-        _cut(csv_path, lambda line: _csv_step(line) <= resume_step, header=",".join(CSV_COLUMNS))
-        _cut(jsonl_path, lambda line: json.loads(line)["step"] <= resume_step)
+        _cut(csv_path, lambda line: _csv_step(line) <= last_evaluation, header=",".join(CSV_COLUMNS))
+        newest = {"evaluation": last_evaluation}
+        _cut(jsonl_path, lambda line: (known := json.loads(line))["step"] <= newest.get(known["kind"], resume_step))
         self._csv, self._jsonl = csv_path.open("a", encoding="utf-8"), jsonl_path.open("a", encoding="utf-8")
         self._data = _DataTable(folder / "data.csv", resume_step)
 
@@ -134,13 +138,15 @@ def _cut(path: Path, keep: Callable[[str], bool], header: str | None = None) -> 
 
 
 @contextmanager
-def open_writer(config: RunConfig, run_id: str, resume_step: int, writes: bool) -> Iterator[MetricsWriter | None]:
+def open_writer(
+    config: RunConfig, run_id: str, resume_step: int, last_evaluation: int, writes: bool
+) -> Iterator[MetricsWriter | None]:
     """The run's records, on the rank that `writes`; None on the others."""
     if not writes:
         yield None
         return
     wandb = WandbSink(config, run_id) if config.wandb.mode != "disabled" else None
-    writer = MetricsWriter(config.folder, run_id, resume_step, wandb)
+    writer = MetricsWriter(config.folder, run_id, resume_step, last_evaluation, wandb)
     try:
         yield writer
     finally:

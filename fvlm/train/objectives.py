@@ -38,3 +38,12 @@ def coarse_loss_sum(module: nn.Module, batch: PackedBatch) -> Tensor:
     """float32 scalar: the pack's loss with coarse tokens, without gradient (the probe behind `loss_ratio`)."""
     with torch.no_grad():
         return module(batch=batch, mode="coarse_only").loss_sum
+
+
+def probes(train: TrainConfig, architecture: str, index: int) -> bool:
+    """Whether step `index`, from 0, measures the coarse loss on its own samples before it learns from them."""
+    if train.mode != "coarse_fine" or architecture != "foveated" or train.lambda_coarse:
+        return False
+    if train.objective == "dpo":  # compares answers, not tokens
+        return False
+    return train.probe_every > 0 and index % train.probe_every == 0

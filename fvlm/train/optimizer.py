@@ -33,7 +33,7 @@ def freeze(model: nn.Module, groups: Iterable[str]) -> None:
 
 
 def parts(
-    model: nn.Module, llm_bottom: int | None = None, asked_by: str = "train.guard.llm_bottom"
+    model: nn.Module, llm_bottom: int | None = None, asked_by: str = "train.freeze or train.guard.llm_bottom"
 ) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Part → (name, parameter) of what trains and freezes together: the groups, and the LLM's first layers if asked.
 
@@ -59,7 +59,7 @@ def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict]:
     if nothing is left to train.
     """
     groups = []
-    by_part = parts(model, train.guard.llm_bottom)
+    by_part = parts(model, train.llm_bottom)
     for part in (*GROUPS, LLM_BOTTOM):
         name = "llm" if part == LLM_BOTTOM else part
         trained = [(n, p) for n, p in by_part.get(part, ()) if p.requires_grad]
@@ -101,8 +101,22 @@ def hyperparameters(train: TrainConfig) -> dict[str, Any]:
 def set_rates(param_groups: list[dict], rates: Mapping[str, float], frozen: Collection[str] = ()) -> None:
     """Write each group's learning rate, found by the group's name; 0 for the parts that are frozen."""
     for group in param_groups:
-        is_frozen = group["name"] in frozen or group["part"] in frozen
-        group["lr"] = 0.0 if is_frozen else rates[group["name"]]
+        group["lr"] = 0.0 if group["part"] in frozen else rates[group["name"]]
+
+
+def pass_over(optimizer: torch.optim.Optimizer, frozen: Callable[[], Collection[str]]) -> None:
+    """Let every `optimizer.step()` leave the groups of `frozen()` parts alone: weights, moments and counters."""
+    step = optimizer.step
+
+    def step_of_the_others(*args: Any, **kwargs: Any) -> Any:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [group for group in groups if group["part"] not in frozen()]
+        try:
+            return step(*args, **kwargs) if optimizer.param_groups else None
+        finally:
+            optimizer.param_groups = groups
+
+    optimizer.step = step_of_the_others
 
 
 def judge_before_update(optimizer: torch.optim.Optimizer, verdict: Callable[[], Tensor]) -> str:

@@ -24,8 +24,13 @@ def text_of(request: Request, choice: Choice) -> str:
         *(f"    {name:24}{size:8.2f}" for name, size in found["memory_gib"].items()),
         f"    {'in all':24}{found['memory_total_gib']:8.2f}   of {request.limit:g}",
     ]
-    if choice.host:
-        lines.append(f"    {'host memory, each rank':24}{found['host_memory_gib_per_rank']:8.2f}")
+    limit = "" if request.host_limit is None else f"   of {request.host_limit:.4g}"
+    lines += [
+        "",
+        "  the machine's own memory at the worst moment, beside Python and its libraries, GiB",
+        *(f"    {name:28}{size:8.2f}" for name, size in found["host_memory_gib"].items()),
+        f"    {'in all':28}{found['host_memory_total_gib']:8.2f}{limit}",
+    ]
     parts = ", ".join(f"{name} {value:.2f}" for name, value in found["step_seconds"].items() if value)
     utilisation, price = found["utilisation"], found["usd_per_gpu_hour"]
     lines += [

@@ -11,15 +11,24 @@ from typing import Any
 
 import torch
 
+from fvlm.data.batch import PackLayout
 from fvlm.data.capacities import Capacities
+from fvlm.data.loader import num_buffers
 from fvlm.model import FoveatedConfig
 from fvlm.model.configuration import preset_config
 from fvlm.train.dry_run import DryRun, dry_run, meta_model
 from fvlm.train.gpus import GIB, Gpu
-from fvlm.train.memory import EngineMemory, Parameters, count_parameters, engine_memory, keeps_gradients
+from fvlm.train.memory import (
+    EngineMemory,
+    Parameters,
+    count_parameters,
+    engine_memory,
+    host_memory,
+    keeps_gradients,
+)
 from fvlm.train.work_model import ASSUMED_MFU, SAMPLES, TOTAL_SAMPLES, Sample, StepTime, step_time
 from fvlm.train.zero_config import read_zero_json
-from fvlm.train_config import CheckpointingConfig
+from fvlm.train_config import CheckpointingConfig, LoraConfig
 
 CONTEXT_GIB = 0.6  # CUDA context with cuBLAS workspaces; what nvidia-smi shows of an idle torch process is 0.4 to 0.6
 NCCL_GIB = 0.5  # buffers of a communicator on several ranks, of the order that NCCL's default channels take
@@ -30,6 +39,7 @@ CHECKPOINTING = tuple(CheckpointingConfig(encoder=e, llm=x) for e, x in product(
 ZERO = ("zero1", "zero2", "zero2_offload", "zero3")  # in bf16, zero0 runs as zero1
 UNSURE = 1.1  # estimates above this share of the limit are not worth a dry run of their own
 SHARING = ("zero3",)  # what it saves, it saves by sharing
+WORKERS = 8  # of each rank: data.num_workers of the stages' configurations
 LONGEST = 8192  # tokens of the longest sample: the language model's context
 
 
@@ -51,6 +61,8 @@ class Request:
     """Measured utilisation; None: `ASSUMED_MFU`."""
     price: float | None = None
     """US dollars of a GPU hour; None: the table's."""
+    host_limit: float | None = None
+    """GiB of the machine's own memory; None: as much as it takes."""
 
     def micro_batches(self, tokens: int) -> int:
         """Packs of `tokens` rows that each rank takes in a step."""
@@ -66,8 +78,8 @@ class Choice:
     capacities: Capacities
     memory: dict[str, float]
     """Bytes by component at the worst moment."""
-    host: float
-    """Bytes of the host's memory, of each rank."""
+    host: dict[str, float]
+    """Bytes of the machine's own memory by component, over all ranks."""
     time: StepTime
 
     @property
@@ -143,6 +155,7 @@ def predict(
     dtype: str,
     checkpointing: CheckpointingConfig,
     freeze: tuple[str, ...] = (),
+    lora: LoraConfig | None = None,
     backend: str = "triton",
     **call: Any,
 ) -> dict[str, float]:
@@ -155,10 +168,11 @@ def predict(
         dtype=precision,
         keep_gradients=keeps_gradients(zero, dtype),
         freeze=freeze,
+        lora=lora,
         backend=backend,
         **call,
     )
-    parameters = count_parameters(meta_model(geometry, precision, freeze))
+    parameters = count_parameters(meta_model(geometry, precision, freeze, lora))
     return components(dry, engine_memory(parameters, zero, ranks, dtype), ranks)
 
 
@@ -178,6 +192,9 @@ def propose(request: Request, progress: Callable[[str], None] = lambda text: Non
         size, num_ops = _estimate(request.model, request.stage, checkpointing, tokens)
         if engine.state + size > UNSURE * request.limit * GIB:
             continue
+        host = host_of(request, engine, capacities_for(SAMPLES[request.stage], tokens))
+        if request.host_limit is not None and sum(host.values()) > request.host_limit * GIB:
+            continue
         time = _time(request, zero, checkpointing, tokens, num_ops)
         speed = float(f"{time.samples / time.seconds:.3g}")
         candidates.append((-min(tokens, LONGEST), -speed, len(candidates), name, zero, checkpointing, tokens))
@@ -188,6 +205,14 @@ def propose(request: Request, progress: Callable[[str], None] = lambda text: Non
         if choice.total <= request.limit * GIB:
             return choice
     return None
+
+
+def host_of(request: Request, engine: EngineMemory, capacities: Capacities) -> dict[str, float]:
+    """Bytes of the machine's own memory by component."""
+    objective = "dpo" if request.stage == "dpo" else "ce_all"
+    pack = PackLayout(capacities, geometry_of(request.model).image_size, objective).nbytes
+    buffers = num_buffers(WORKERS, request.micro_batches(capacities.tokens)) * pack
+    return host_memory(parameters_of(request.model), engine, request.ranks, "bf16", buffers)
 
 
 def evaluate(
@@ -203,7 +228,7 @@ def evaluate(
         checkpointing=checkpointing,
         capacities=capacities,
         memory=components(dry, engine, request.ranks),
-        host=engine.host,
+        host=host_of(request, engine, capacities),
         time=time,
     )
 
@@ -257,7 +282,9 @@ def summary(request: Request, choice: Choice) -> dict[str, Any]:
         "memory_gib": {name: round(size / GIB, 3) for name, size in choice.memory.items()},
         "memory_total_gib": round(choice.total / GIB, 2),
         "memory_limit_gib": request.limit,
-        "host_memory_gib_per_rank": round(choice.host / GIB, 2),
+        "host_memory_gib": {name: round(size / GIB, 3) for name, size in choice.host.items()},
+        "host_memory_total_gib": round(sum(choice.host.values()) / GIB, 2),
+        "host_memory_limit_gib": request.host_limit,
         "step_seconds": {k: round(v, 4) for k, v in asdict(choice.time).items() if k not in _NOT_SECONDS},
         "samples_per_step": round(choice.time.samples, 1),
         "samples_per_second": round(choice.samples_per_second, 1),

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 to a rank: the step is finished, a checkpoint written, and all ranks exit with 75 together."""
+"""SIGTERM and SIGUSR1 to a rank: steps are finished, an evaluation is not; all ranks save and exit with 75 together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 class Preempted(Exception):
     """The ranks agreed to stop; a checkpoint is written."""
+
+
+class Interrupted(Exception):
+    """The ranks agreed to stop in the midst of an evaluation."""
 
 
 class Notice:

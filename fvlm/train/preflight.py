@@ -111,8 +111,8 @@ def capacities_that_fit(
     def predicted(tried: Capacities) -> float:
         on_gpu = engine.world.device.type == "cuda"
         found = predict(
-            engine.module.config, tried, zero, engine.world.size, dtype=engine.dtype, freeze=config.train.freeze,
-            checkpointing=config.train.checkpointing, backend="triton" if on_gpu else "torch",
+            engine.module.config, tried, zero, engine.world.size, dtype=engine.dtype, freeze=config.train.frozen,
+            lora=config.train.lora, checkpointing=config.train.checkpointing, backend="triton" if on_gpu else "torch",
             **objectives.call_arguments(config.train, max(config.train.fine_iterations)),
         )  # fmt: skip
         return sum(found.values())

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def reference_logprobs(
     asked = {name: _asked(config, data, world) for name, data in sets.items()}
     if resumed:
         return {name: _kept(config.folder / name, asked[name]) for name in sets}
-    model = load_model(config, len(next(iter(sets.values())).tokenizer))
+    start = replace(config, train=replace(config.train, lora=None))
+    model = load_model(start, len(next(iter(sets.values())).tokenizer))
     weights = world.broadcast(_digest(model) if world.is_main else None)
     found = {}
     for name, data in sets.items():

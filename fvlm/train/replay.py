@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,16 +60,17 @@ def replay(
             trainer.advance(loaded)
             continue
         with Inspector(engine) as inspector:
-            sums, norm, scored = trainer.step(loaded)
+            launched = trainer.step(loaded)
+        sums, judged, _ = launched.letter.read()
         report = {
             "step": step,
             "checkpoint": str(checkpoint) if checkpoint else None,
             "train_loss": sums.train_loss,
-            "grad_norm": norm,
-            "skipped": engine.skipped,
-            "limits": {name: trainer.guard.limit(name) for name in guard.QUANTITIES},
+            "grad_norm": judged.grad_norm,
+            "skipped": bool(judged.left_out),
+            "limits": {"loss": judged.loss_limit, "grad_norm": judged.grad_norm_limit},
             "recorded": recorded(config, step) if world.is_main else None,
-            "ranks": _ranks(scored, config.train.packs_per_step, world),
+            "ranks": _ranks(launched.scored, config.train.packs_per_step, world),
             **inspector.report(),
         }
         return report, inspector.gradients
@@ -84,7 +85,7 @@ def recorded(config: RunConfig, step: int) -> dict[str, Any] | None:
     return {name: found[-1][name] for name in ("train_loss", "grad_norm")} if found else None
 
 
-def _ranks(scored: guard.Scored, packs_per_step: int, world: World) -> list[dict[str, Any]]:
+def _ranks(scored: Sequence[guard.ScoredPack], packs_per_step: int, world: World) -> list[dict[str, Any]]:
     packs = range(world.rank, packs_per_step, world.size)
     losses = [dict(guard.sample_losses([one])) for one in scored]
     return world.gather({"rank": world.rank, "packs": dict(zip(packs, losses, strict=True))})

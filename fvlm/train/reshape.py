@@ -1,6 +1,7 @@
 """Engine state on disk, in a form that knows nothing of ranks and ZeRO stages, so that any of them can read it.
 
 engine/engine.json               parameters and their sizes, groups with their rates, counters, who wrote it
+engine/base.safetensors          what LoRA's adapters are added to, where a run has some (`fvlm.train.lora`)
 engine/rank-00000.safetensors    `master`, `exp_avg`, `exp_avg_sq`: fp32, one dimension, the rank's pieces in a row; in
                                  its header, under `pieces`: [name, first element, number, Adam's step] of each
 
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fvlm.train import lora
 from fvlm.train.fragments import MOMENTS, Fragment, make_moments, moment, set_step, step_of
 
 KINDS = ("master", *MOMENTS)
@@ -40,9 +42,11 @@ class Weights:
 
     model: nn.Module
     state: dict[str, Tensor]
+    scaling: float
+    """Of LoRA's adapters, where the model has some."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Weights:
+    def of(cls, model: nn.Module, scaling: float = 1.0) -> Weights:
         """The weights as they are now; names of one tensor share its copy."""
         copies: dict[tuple, Tensor] = {}
         state = {}
@@ -51,16 +55,21 @@ class Weights:
             if place not in copies:
                 copies[place] = tensor.detach().to("cpu", copy=True)
             state[name] = copies[place]
-        return cls(model=model, state=state)
+        return cls(model=model, state=state, scaling=scaling)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensors."""
-        return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in self.state.values()}.values())
+        """Size of the tensors, and of the merged matrices that are written beside them."""
+        own = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in self.state.values()}.values())
+        return own + sum(4 * tensor.numel() for tensor in lora.base_weights(self.state).values())
 
     def write(self, folder: Path) -> None:
-        """As `from_pretrained` reads them."""
-        self.model.save_pretrained(folder, state_dict=self.state)
+        """As `from_pretrained` reads them, with the adapters merged."""
+        self.model.save_pretrained(folder, state_dict=lora.merge(self.state, self.scaling))
+
+    def write_base(self, path: Path) -> None:
+        """What the adapters are added to."""
+        save_file(lora.base_weights(self.state), path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +101,8 @@ class EngineState:
             found[f"{FOLDER}/{COMMON}"] = lambda path: path.write_text(text, encoding="utf-8")
         if self.weights is not None:
             found["weights"] = self.weights.write
+            if lora.base_weights(self.weights.state):
+                found[lora.FILE] = self.weights.write_base
         return found
 
 

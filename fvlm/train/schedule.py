@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from fvlm.data.plan import Step
 from fvlm.train_config import GROUPS, TrainConfig
 
 COSINE_FLOOR = 0.1
@@ -35,13 +36,19 @@ def factor(schedule: str, progress: float, warmup: float, floor: float = COSINE_
 
 
 def learning_rates(train: TrainConfig, progress: float) -> dict[str, float]:
-    """Rate of each parameter group at `progress`."""
-    rates = {}
+    """Rate of each parameter group at `progress`; 0 while it is frozen."""
+    rates, frozen = {}, train.frozen_at(progress)
     for group in GROUPS:
         rate = getattr(train.learning_rate, group)
         floor = (rate.target or rate.base) / rate.base
-        rates[group] = rate.base * factor(train.schedule, progress, train.warmup, floor)
+        rates[group] = 0.0 if group in frozen else rate.base * factor(train.schedule, progress, train.warmup, floor)
     return rates
+
+
+def unfreezes(train: TrainConfig, step: Step) -> bool:
+    """Whether a step is the first to train some part."""
+    seen = (step.samples_seen_before, step.samples_seen)
+    return len({train.frozen_at(samples / train.total_samples) for samples in seen}) > 1
 
 
 def fine_iterations(choices: tuple[int, ...], step: int) -> int:

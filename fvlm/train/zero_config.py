@@ -105,6 +105,7 @@ def fill(contents: dict[str, Any], origin: str, train: TrainConfig, world_size: 
         ("train_batch_size", train.packs_per_step, "train.packs_per_step"),
         ("gradient_clipping", train.clip, "train.clip"),
         ("bf16.enabled", dtype == "bf16", f"train.dtype, resolved to {dtype}"),
+        ("timers.throughput.enabled", False, "the run's own records; it waits for the device twice a micro-batch"),
     ]
     if dtype == "bf16":  # true: with offload, a NaN stays in DeepSpeed's buffers and spoils every later step (0.19.8)
         decided.append(("bf16.check_grad_overflow", False, "the guard, which catches what is not finite"))

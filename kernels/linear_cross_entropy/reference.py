@@ -6,7 +6,6 @@ Shapes: K rows, d width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -44,4 +43,25 @@ def _logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     # rows without a label as zeros: their gradient is 0 · softmax, and a NaN would spread to all of the weight's
     logits = hidden.masked_fill((labels == -100)[:, None], 0) @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    return _LabelLogprob.apply(logits, labels)
+
+
+class _LabelLogprob(torch.autograd.Function):
+    """log softmax(logits) at each label, 0 where it is −100; its gradient takes the place of what it has kept.
+
+    Of [rows, vocabulary] that is one buffer beside the logits, where ``F.cross_entropy`` takes three.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        used, label = labels != -100, labels.masked_fill(labels == -100, 0)[:, None]
+        log_p = logits.log_softmax(-1)
+        ctx.save_for_backward(log_p, used, label)
+        return log_p.gather(1, label).squeeze(1).masked_fill(~used, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_logprobs: Tensor) -> tuple[Tensor, None]:
+        log_p, used, label = ctx.saved_tensors
+        d_logprobs = d_logprobs.masked_fill(~used, 0)[:, None]
+        return log_p.exp_().mul_(-d_logprobs).scatter_add_(1, label, d_logprobs), None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..dispatch import Backend, debug_checks, require, select, under_autocast
 from ..launching import refuses_triton
+from .cpu import query_attention_cpu
 from .reference import query_attention_reference, query_attention_torch
 
 WIDEST = 128
@@ -86,9 +87,15 @@ def _refuses_triton(probe: Tensor, named: bool) -> str | None:
     return refuses_triton(probe, named)
 
 
+def _query_attention_torch(q, key, value, visual_frame, offsets=None):
+    if q.device.type == "cpu":
+        return query_attention_cpu(q, key, value, visual_frame)
+    return query_attention_torch(q, key, value, visual_frame)
+
+
 _BACKENDS = (
     Backend("triton", query_attention_triton, _refuses_triton),
-    Backend("torch", query_attention_torch),
+    Backend("torch", _query_attention_torch),
     Backend("reference", query_attention_reference),
 )
 

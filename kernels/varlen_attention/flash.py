@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from .cpu import varlen_attention_cpu
 from .reference import varlen_attention_padded
 
 _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # torch 2.11's does not
@@ -39,7 +40,9 @@ def varlen_attention_flash(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Te
 
 
 def varlen_attention_torch(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """torch's ``varlen_attn`` where it serves, otherwise one padded SDPA."""
+    """torch's ``varlen_attn`` where it serves; its CPU attention sample by sample; otherwise one padded SDPA."""
+    if q.device.type == "cpu":
+        return varlen_attention_cpu(q, key, value, cu_seqlens)
     if _refuses_flash(q) or q.shape[2] % 8 != 0:
         return varlen_attention_padded(q, key, value, cu_seqlens, max_seqlen)
     return _without_tail(lambda *rows: torch_varlen_attn(*rows, cu_seqlens, max_seqlen), q, key, value, cu_seqlens)

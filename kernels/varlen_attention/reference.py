@@ -36,12 +36,6 @@ def varlen_attention_reference(q: Tensor, key: Tensor, value: Tensor, cu_seqlens
 
 def varlen_attention_padded(q: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Rows unpacked to [S, L], one batched SDPA, packed again."""
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        # reading lengths costs no synchronisation here, so L and S need not be the worst case
-        lengths = cu_seqlens.diff()
-        lengths = lengths[lengths > 0] if bool((lengths > 0).any()) else lengths[:1]
-        # without any sample one unused slot stays: the order of gradients must not depend on the data
-        cu_seqlens, max_seqlen = F.pad(lengths.cumsum(0), (1, 0)), max(1, int(lengths.max()))
     slots = _Slots(cu_seqlens.long(), max_seqlen, q.shape[0])
     group = q.shape[1] // key.shape[1]
     padded = [slots.unpack(x) for x in (q, key, value)]

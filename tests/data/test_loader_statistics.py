@@ -91,7 +91,7 @@ def rows(folder):
 
 
 def test_every_step_has_a_row_in_data_csv(tmp_path):
-    writer = MetricsWriter(tmp_path, "run-1", 0)
+    writer = MetricsWriter(tmp_path, "run-1", 0, 0)
     writer.step(record(1))
     writer.step(record(2, **{"skipped/bad_jpeg": 2, "skipped/changed_bytes": 1}))
     writer.close()
@@ -105,13 +105,13 @@ def test_every_step_has_a_row_in_data_csv(tmp_path):
 
 def test_a_resumed_data_csv_has_no_row_twice_and_no_torn_one(tmp_path):
     for start, stop in ((1, 8), (5, 11)):
-        writer = MetricsWriter(tmp_path, "run-1", start - 1)
+        writer = MetricsWriter(tmp_path, "run-1", start - 1, 0)
         for step in range(start, stop):
             writer.step(record(step))
         writer.close()
         with open(tmp_path / "data.csv", "a") as file:
             file.write("9,72,0.2")  # the process died here
-    MetricsWriter(tmp_path, "run-1", 10).close()
+    MetricsWriter(tmp_path, "run-1", 10, 0).close()
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 11))
-    MetricsWriter(tmp_path, "run-2", 0).close()
+    MetricsWriter(tmp_path, "run-2", 0, 0).close()
     assert rows(tmp_path) == []

@@ -118,6 +118,7 @@ def test_reference_is_kept_found_again_and_made_anew_for_other_weights(preferenc
         return float(reference_logprobs(config, sets, world, resumed, Heartbeat(0, 1))[TRAINING][0, 0])
 
     assert [found("a"), found("a", resumed=True), found("b"), found("b")] == [1, 1, 1, 1]
+    assert found("adapters", "train.lora={dora: true}") == 1  # the start itself, without them
     assert found("c", "train.seed=7") == 2  # other weights of the start
     assert found("d", "data.mixture.looks=3") == 3  # another way of asking
     (tmp_path / "a" / TRAINING).write_bytes(b"damaged")

@@ -94,7 +94,7 @@ def train_steps(engine: Engine, train: TrainConfig, steps: range) -> tuple[list[
             loss = engine.forward(batch=pack.to(next(engine.module.parameters()).dtype))
             engine.backward(loss, planned(step))
             total += loss.detach().float()
-        norms.append(engine.step(learning_rates(train, (step + 1) / STEPS)))
+        norms.append(float(engine.step(learning_rates(train, (step + 1) / STEPS))))
         losses.append(float(engine.world.sum(total)) / planned(step))
     return losses, norms
 
@@ -208,7 +208,7 @@ def run_bad_gradient(world: World, zeros: list[str]) -> list[tuple]:
                 factor = math.nan if world.rank == world.size - 1 else 1.0
                 loss = engine.forward(batch=pack.to(next(engine.module.parameters()).dtype)) * factor
                 engine.backward(loss, planned(0))
-            norm = engine.step(learning_rates(train, 0.5))
+            norm = float(engine.step(learning_rates(train, 0.5)))
             same = all(torch.equal(value, before[name]) for name, value in engine.module.state_dict().items())
             results.append((dtype, zero, norm, same))
     return results

@@ -15,7 +15,7 @@ from fvlm.model import build_model, tiny_config
 from fvlm.schema import ConfigError, build
 from fvlm.train import guard
 from fvlm.train.engine import Engine, World
-from fvlm.train.guard import Guard
+from fvlm.train.guard import Anomaly, Guard, Judged, ScoredPack
 from fvlm.train.optimizer import parts
 from fvlm.train.schedule import learning_rates
 from fvlm.train_config import GuardConfig
@@ -24,11 +24,22 @@ from tests.model.samples import mixed, pack
 NAN, INF = math.nan, math.inf
 
 
+def judge(watch: Guard, loss: float, norm: float) -> tuple[bool, Anomaly | None]:
+    """One step, judged on the device and then on the host: whether it was left out, and why."""
+    left_out = watch.verdict(torch.tensor(loss, dtype=torch.float64))(torch.tensor(norm, dtype=torch.float64))
+    assert left_out.dtype == torch.float32
+    return bool(left_out), watch.observe(Judged(*watch.judged.tolist()))
+
+
 def filled(values: list[tuple[float, float]], **settings) -> Guard:
     watch = Guard(GuardConfig(**settings), {})
     for loss, norm in values:
-        assert watch.observe(loss, norm) is None
+        assert judge(watch, loss, norm) == (False, None)
     return watch
+
+
+def limits(watch: Guard) -> list[float]:
+    return watch.statistics()[2].tolist()
 
 
 def noise(num: int, seed: int = 0) -> list[tuple[float, float]]:
@@ -40,17 +51,17 @@ def test_limits_are_the_windows_mean_and_six_deviations():
     values = noise(300)
     watch = filled(values)
     last = np.array(values[-128:])
-    for column, name in enumerate(guard.QUANTITIES):
-        expected = last[:, column].mean() + 6 * last[:, column].std(ddof=1)
-        assert watch.limit(name) == pytest.approx(expected, rel=1e-12)
+    mean, sigma = last.mean(0), last.std(0, ddof=1)
+    for found, expected in zip(watch.statistics(), (mean, sigma, mean + 6 * sigma), strict=True):
+        assert found.tolist() == pytest.approx(list(expected), rel=1e-12)
 
 
 def test_spikes_are_judged_once_half_of_the_window_is_there():
-    assert filled(noise(63)).limit("loss") == INF
-    assert filled(noise(64)).limit("loss") < INF
-    assert filled(noise(4), window=8).limit("loss") < INF
-    assert filled(noise(200), sigmas=0.0).limit("grad_norm") == INF
-    assert filled([(2.0, 1.0)] * 200).limit("loss") == INF  # nothing varies: no measure of what is unusual
+    assert limits(filled(noise(63))) == [INF, INF]
+    assert max(limits(filled(noise(64)))) < INF
+    assert max(limits(filled(noise(4), window=8))) < INF
+    assert limits(filled(noise(200), sigmas=0.0)) == [INF, INF]
+    assert limits(filled([(0.1, 0.7)] * 200)) == [INF, INF]  # nothing varies: no measure of what is unusual
 
 
 @pytest.mark.parametrize(
@@ -61,39 +72,58 @@ def test_spikes_are_judged_once_half_of_the_window_is_there():
 def test_device_and_host_agree_and_only_a_step_that_counts_enters_the_window(loss, norm, quantity):
     watch = filled(noise(128))
     before = watch.state()["window"]
-    judged = watch.verdict(torch.tensor(loss, dtype=torch.float64))(torch.tensor(norm))
-    assert judged.dtype == torch.float32
-    anomaly = watch.observe(loss, norm)
+    left_out, anomaly = judge(watch, loss, norm)
     assert (anomaly.quantity if anomaly else None) == quantity
-    assert bool(judged) == (anomaly is not None)
+    assert left_out == watch.due == (anomaly is not None)
     assert (watch.state()["window"] == before) == (anomaly is not None)
+    if anomaly is None:
+        assert watch.state()["window"] == {
+            "loss": [*before["loss"][1:], loss],
+            "grad_norm": [*before["grad_norm"][1:], norm],
+        }
 
 
 def test_the_very_limit_counts_and_the_next_number_does_not():
+    limit = limits(filled(noise(128)))[1]
+    assert judge(filled(noise(128)), 2.5, limit) == (False, None)
+    left_out, anomaly = judge(filled(noise(128)), 2.5, float(np.nextafter(limit, INF)))
+    assert left_out
+    assert anomaly.quantity == "grad_norm"
+
+
+def test_a_host_that_would_decide_otherwise_ends_the_run():
     watch = filled(noise(128))
-    limit = watch.limit("grad_norm")
-    for value, skipped in ((limit, False), (float(np.nextafter(limit, INF)), True)):
-        norm = torch.tensor(value, dtype=torch.float64)
-        assert bool(watch.verdict(torch.tensor(2.5))(norm)) == skipped
-    assert watch.observe(2.5, float(np.nextafter(limit, INF))) is not None
-    assert watch.observe(2.5, limit) is None
+    judge(watch, 99.0, 1.0)
+    judged = Judged(*watch.judged.tolist())
+    with pytest.raises(RuntimeError, match=r"disagree.*the host finds nothing unusual"):
+        watch.observe(judged._replace(loss=2.5))
+    with pytest.raises(RuntimeError, match=r"disagree.*the host finds loss is 99"):
+        watch.observe(judged._replace(left_out=0.0))
 
 
 def test_without_a_window_only_what_is_not_finite_is_left_out():
     watch = Guard(GuardConfig(), {})
-    assert watch.observe(1e9, 1e9) is None
-    assert str(watch.observe(1.0, NAN)) == "grad_norm is nan"
+    assert judge(watch, 1e9, 1e9) == (False, None)
+    assert str(judge(watch, 1.0, NAN)[1]) == "grad_norm is nan"
 
 
-def test_a_state_that_went_through_json_judges_the_same():
-    watch = filled(noise(200))
-    watch.observe(NAN, 1.0)
+@pytest.mark.parametrize("num", [0, 50, 200])
+def test_a_state_that_went_through_json_judges_the_same_to_the_last_bit(num):
+    watch, values = filled(noise(num)), noise(100, seed=1)
+    judge(watch, NAN, 1.0)
     watch.frozen.append("dino")
     again = Guard(GuardConfig(), json.loads(json.dumps(watch.state())))
-    assert [again.limit(name) for name in guard.QUANTITIES] == [watch.limit(name) for name in guard.QUANTITIES]
-    assert (again.skipped_steps, again.in_a_row, again.frozen) == (1, 1, ["dino"])
-    again.observe(2.5, 1.0)
+    assert again.state() == watch.state()
+    assert (again.skipped_steps, again.in_a_row, again.frozen, again.due) == (1, 1, ["dino"], True)
+    for loss, norm in values:
+        assert judge(again, loss, norm) == judge(watch, loss, norm)
+        assert torch.equal(again.judged.nan_to_num(), watch.judged.nan_to_num())
     assert (again.skipped_steps, again.in_a_row) == (1, 0)
+
+
+def test_a_smaller_window_keeps_the_newest():
+    watch = Guard(GuardConfig(window=8), filled(noise(200)).state())
+    assert watch.state()["window"]["loss"] == [loss for loss, _ in noise(200)[-8:]]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +156,12 @@ def test_a_nan_in_one_frame_breaks_its_own_sample_and_no_other():
     model.encoder.embed = embed_with_nan
     spoilt = model(batch=batch)
     assert spoilt.loss_sum.isnan()
-    scored = [(batch, spoilt.logprobs.detach(), keys)]
+    scored = [ScoredPack.of(batch, spoilt.logprobs, keys)]
     assert guard.suspects(scored) == ["k2"]
     ends = batch.cu_seqlens[1:].long()
     of_others = torch.searchsorted(ends, batch.loss_index, right=True) != 2
     assert torch.equal(spoilt.logprobs[of_others], clean.logprobs[of_others])
-    clean_losses = dict(guard.sample_losses([(batch, clean.logprobs.detach(), keys)]))
+    clean_losses = dict(guard.sample_losses([ScoredPack.of(batch, clean.logprobs, keys)]))
     for key, loss in guard.sample_losses(scored):
         assert math.isnan(loss) if key == "k2" else loss == clean_losses[key]
 
@@ -140,7 +170,7 @@ def test_a_samples_loss_is_the_mean_over_its_own_labels():
     _, rows, frames = mixed(8, 64)
     batch, keys = pack(rows, frames, spare=3), [f"k{number}" for number in range(8)]
     logprobs = -torch.arange(len(batch.labels), dtype=torch.float32)
-    found, first = dict(guard.sample_losses([(batch, logprobs, keys)])), 0
+    found, first = dict(guard.sample_losses([ScoredPack.of(batch, logprobs, keys)])), 0
     for key, row in zip(keys, rows, strict=True):
         last = first + int(row.has_loss.sum())
         assert found[key] == pytest.approx((first + last - 1) / 2)
@@ -160,13 +190,13 @@ def everything(engine: Engine) -> list[torch.Tensor]:
 def one_step(engine: Engine, train, step: int, factor: float = 1.0, limit: float = INF) -> bool:
     """A step whose loss on the last rank is `factor` times what it was; returns whether it was left out."""
     watch = Guard(GuardConfig(), {})
-    watch.limit = lambda name: limit
+    watch.statistics = lambda: torch.full((3, 2), limit, dtype=torch.float64)
     for pack_ in packs(step)[engine.world.rank :: engine.world.size]:
         loss = engine.forward(batch=pack_.to(next(engine.module.parameters()).dtype))
         is_last = engine.world.rank == engine.world.size - 1
         engine.backward(loss * (factor if is_last else 1.0), planned(step))
     engine.step(learning_rates(train, (step + 1) / 4), watch.verdict(torch.zeros(())))
-    return engine.skipped
+    return bool(engine.skipped)
 
 
 def run_skips(world: World, zeros: list[str], dtypes: list[str], optimizer: str = "adamw") -> dict:

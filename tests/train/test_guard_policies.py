@@ -6,6 +6,7 @@ import json
 import math
 import re
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,6 +38,7 @@ class Broken:
         self.world, self.where, self.steps, self.crash = world, where, range(BROKEN, last + 1), crash
         self.now, self.suspect = 0, ""
         self.before: dict[int, list[torch.Tensor]] = {}
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
         self.rolled_back_to: list[int] = []
 
     def train(self, config) -> str:
@@ -67,9 +69,13 @@ class Broken:
     def _step(self, step, trainer, loaded):
         self.now = loaded.step.index + 1
         if self.now == self.crash:
+            trainer.store.settle()  # what was saved is there
             raise Crash("crashed")
         self.before[self.now] = copies(trainer.engine)
-        encoder = trainer.engine.module.encoder
+        module = trainer.engine.module
+        groups = module.param_groups().items()
+        self.weights[self.now] = {group: named[0][1].detach().clone() for group, named in groups}
+        encoder = module.encoder
         embed = encoder.embed
         with ExitStack() as stack:
             if self._hits("gradient"):
@@ -185,15 +191,25 @@ ACTING = {
 }
 
 
+EVERY = (3, BROKEN)
+"""Steps between checkpoints: the second has one of the broken step itself, before its effects."""
+
+
 def run_acting(world: World, shards: Path, out: Path, crashes: list[int]) -> dict:
     """Each policy undisturbed, and with a crash at each of the steps in turn, started again after it."""
     found = {}
-    for policy, overrides in ACTING.items():
+    for policy, every in product(ACTING, EVERY):
+        overrides, name = [*ACTING[policy], f"train.checkpoint_every={every}"], f"{policy}-{every}"
         whole = Broken(world, "gradient")
-        message = whole.train(configure(shards, out / policy, *overrides))
-        found[policy] = (message, whole.rolled_back_to)
+        message = whole.train(configure(shards, out / name, *overrides))
+        moved = {
+            group: [step for step in whole.weights if step + 1 in whole.weights
+                    and not torch.equal(whole.weights[step][group], whole.weights[step + 1][group])]
+            for group in ("dino", "llm")
+        }  # fmt: skip
+        found[policy, every] = (message, whole.rolled_back_to, moved)
         for crash in (*crashes, 0):
-            Broken(world, "gradient", crash=crash).train(configure(shards, out / f"{policy}-crashed", *overrides))
+            Broken(world, "gradient", crash=crash).train(configure(shards, out / f"{name}-crashed", *overrides))
     return found
 
 
@@ -205,19 +221,23 @@ def acted(shards, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_roll_back_returns_to_the_checkpoints_weights_and_not_to_its_data(acted):
+@pytest.mark.parametrize(("every", "same"), [(3, [3]), (BROKEN, [BROKEN - 1, BROKEN])])
+def test_roll_back_returns_to_the_checkpoints_weights_and_not_to_its_data(acted, every, same):
+    """Also after a checkpoint of the broken step: that has the weights from before it."""
     out, results = acted
     for found in results:
-        assert found["roll_back"] == ("", [3])
-    records = step_records(out / "roll_back")
+        message, rolled_back_to, _ = found["roll_back", every]
+        assert (message, rolled_back_to) == ("", same)
+    records = step_records(out / f"roll_back-{every}")
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    assert [line["policy"] for line in guard_lines(out / "roll_back")] == ["roll_back"]
+    assert [line["policy"] for line in guard_lines(out / f"roll_back-{every}")] == ["roll_back"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("policy", ACTING)
-def test_a_crash_before_or_after_changes_nothing(acted, policy):
-    whole, crashed = acted[0] / policy, acted[0] / f"{policy}-crashed"
+def test_a_crash_before_or_after_changes_nothing(acted, policy, every):
+    whole, crashed = acted[0] / f"{policy}-{every}", acted[0] / f"{policy}-{every}-crashed"
     assert step_records(crashed) == step_records(whole)
     expected = final_weights(whole)
     for name, value in final_weights(crashed).items():
@@ -226,8 +246,27 @@ def test_a_crash_before_or_after_changes_nothing(acted, policy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["freeze_dino", "freeze_llm_bottom"])
-def test_a_part_is_frozen_from_the_broken_step_on(acted, policy, shards):
-    out = acted[0] / policy
+def test_checkpoints_do_not_decide_when_a_part_is_frozen(acted, policy):
+    whole, other = (acted[0] / f"{policy}-{every}" for every in EVERY)
+    assert step_records(whole) == step_records(other)
+    expected = final_weights(whole)
+    for name, value in final_weights(other).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", EVERY)
+def test_the_step_after_the_broken_one_still_trains_the_part(acted, every):
+    for found in acted[1]:
+        moved = found["freeze_dino", every][2]
+        assert moved["dino"] == [1, 2, 3, 4, BROKEN + 1]
+        assert moved["llm"][:7] == [1, 2, 3, 4, BROKEN + 1, BROKEN + 2, BROKEN + 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["freeze_dino", "freeze_llm_bottom"])
+def test_a_frozen_part_stays_as_it_is(acted, policy):
+    out = acted[0] / f"{policy}-3"
     state = json.loads(
         (out / "checkpoints" / (out / "checkpoints/latest").read_text().strip() / "state.json").read_text()
     )
@@ -242,4 +281,4 @@ def test_a_part_is_frozen_from_the_broken_step_on(acted, policy, shards):
             assert torch.equal(value, last[name]), name
     assert not torch.equal(first["dino_to_llm.weight"], last["dino_to_llm.weight"])
     for record in step_records(out):
-        assert (record["lr_dino"] == 0) == (policy == "freeze_dino" and record["step"] >= BROKEN)
+        assert (record["lr_dino"] == 0) == (policy == "freeze_dino" and record["step"] > BROKEN + 1)

@@ -31,8 +31,9 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def fill(folder, first, last, resume_step=0):
-    writer = MetricsWriter(folder, "run-1", resume_step)
+def fill(folder, first, last, resume_step=0, last_evaluation=None):
+    known = resume_step if last_evaluation is None else last_evaluation
+    writer = MetricsWriter(folder, "run-1", resume_step, known)
     for step in range(first, last + 1):
         writer.step({"step": step, "train_loss": 1 / step})
         if step % 2 == 0:
@@ -60,6 +61,15 @@ def test_resumed_curve_continues_without_duplicates_and_without_a_torn_line(tmp_
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_an_evaluation_that_the_checkpoint_does_not_know_of_is_recorded_once(tmp_path):
+    """Told to stop before the evaluation after step 4, started again, evaluated, and killed before the next save."""
+    fill(tmp_path, 1, 4)
+    fill(tmp_path, 5, 6, resume_step=4, last_evaluation=2)
+    assert [row["step"] for row in rows(tmp_path)] == ["2", "6"]
+    assert [line["step"] for line in lines(tmp_path) if line["kind"] == "evaluation"] == [2, 6]
+    assert [line["step"] for line in lines(tmp_path) if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_fresh_start_keeps_nothing_of_an_older_run(tmp_path):
     fill(tmp_path, 1, 4)
     fill(tmp_path, 1, 2, resume_step=0)
@@ -75,7 +85,7 @@ def config(tmp_path, mode: str) -> RunConfig:
 
 
 def test_only_the_main_rank_writes(tmp_path):
-    with open_writer(config(tmp_path / "a", "disabled"), "run-1", 0, writes=False) as writer:
+    with open_writer(config(tmp_path / "a", "disabled"), "run-1", 0, 0, writes=False) as writer:
         assert writer is None
     assert not (tmp_path / "a").exists()
 
@@ -87,7 +97,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_metrics import config
 from fvlm.train.metrics import open_writer
-with open_writer(config(Path({folder!r}), {mode!r}), "run-1", 0, writes=True) as writer:
+with open_writer(config(Path({folder!r}), {mode!r}), "run-1", 0, 0, writes=True) as writer:
     writer.step({{"step": 1, "train_loss": 1.0}})
 """
 

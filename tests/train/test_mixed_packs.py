@@ -62,7 +62,7 @@ def one_step(world: World, folder: Path) -> dict[tuple, tuple[float, dict]]:
         for batch in packs[world.rank :: world.size]:
             loss = engine.forward(batch=batch, **objectives.call_arguments(run.train, 2)).loss_sum
             engine.backward(loss, planned=100)
-        norm = engine.step(RATES)
+        norm = float(engine.step(RATES))
         results[mode, zero, name] = norm, {n: p.detach().clone() for n, p in engine.module.named_parameters()}
     return results
 

@@ -13,6 +13,8 @@ from spawned import run_ranks
 
 from fvlm.config import load_config
 from fvlm.data.capacities import Capacities
+from fvlm.kernels.query_attention.reference import query_attention_torch
+from fvlm.kernels.varlen_attention.reference import varlen_attention_padded
 from fvlm.model import build_model, tiny_config
 from fvlm.model.configuration import PRESETS, preset_config
 from fvlm.model.packed import SampleRows, assemble
@@ -22,7 +24,8 @@ from fvlm.train.dry_run import dry_run, meta_model
 from fvlm.train.engine import Engine
 from fvlm.train.gpus import GIB, GPUS, find_gpu
 from fvlm.train.live_memory import LiveMemory, saved_bytes
-from fvlm.train.memory import Parameters, count_parameters, engine_memory
+from fvlm.train.memory import Parameters, count_parameters, engine_memory, host_memory
+from fvlm.train.optimizer import freeze
 from fvlm.train.preflight import worst_case_pack
 from fvlm.train.work_model import SAMPLES, sample_flops, step_time
 from fvlm.train.zero_config import read_zero_json
@@ -49,6 +52,18 @@ def full_pack(geometry, capacities):
     sizes = {"T": capacities.tokens, "V": looks * count, "C": capacities.coarse, "S": count, "K": capacities.labels}
     frames = torch.zeros((capacities.frames, 3, geometry.image_size, geometry.image_size), dtype=torch.uint8)
     return assemble(rows, frames, sizes, length)
+
+
+@pytest.fixture
+def as_on_other_devices(monkeypatch):
+    """The CPU has torch back ends of its own, which keep less: these are the ones that a dry run goes through."""
+    monkeypatch.setattr(
+        "fvlm.kernels.varlen_attention.flash.varlen_attention_cpu",
+        lambda q, key, value, cu_seqlens: varlen_attention_padded(
+            q, key, value, cu_seqlens, int(cu_seqlens.diff().max())
+        ),
+    )
+    monkeypatch.setattr("fvlm.kernels.query_attention.op.query_attention_cpu", query_attention_torch)
 
 
 def saved_in_a_real_run(geometry, capacities, checkpointing, dtype) -> int:
@@ -97,7 +112,7 @@ def test_numbers_of_parameters():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("checkpointing", [NONE, LLM, ALL, HALF], ids=["none", "llm", "all", "half"])
-def test_activations_are_what_autograd_saves(checkpointing, dtype):
+def test_activations_are_what_autograd_saves(checkpointing, dtype, as_on_other_devices):
     geometry = tiny_config(VOCABULARY)
     real = saved_in_a_real_run(geometry, SMALL, checkpointing, DTYPES[dtype])
     dry = dry_run(geometry, SMALL, checkpointing=checkpointing, dtype=DTYPES[dtype], backend="torch")
@@ -108,7 +123,7 @@ def test_activations_are_what_autograd_saves(checkpointing, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("checkpointing", [NONE, ALL], ids=["none", "all"])
 @pytest.mark.parametrize("preset", ["135m", "360m"])
-def test_activations_of_the_real_geometry(preset, checkpointing, dtype):
+def test_activations_of_the_real_geometry(preset, checkpointing, dtype, as_on_other_devices):
     geometry = preset_config(preset)
     capacities = Capacities(frames=4, tokens=128, visual=8, coarse=124, samples=2, labels=64, max_seqlen=64)
     real = saved_in_a_real_run(geometry, capacities, checkpointing, DTYPES[dtype])
@@ -201,6 +216,53 @@ def test_sharing_and_offload():
     assert (plain.weights, plain.masters, plain.moments) == (4400, 0, 8000)
 
 
+def copied_to_the_host(world, cases) -> list[int]:
+    """Bytes of the tensors that a checkpoint's copy has on this rank, by case."""
+    found = []
+    for name, dtype in cases:
+        train = replace(load_config("tiny_test").train, packs_per_step=world.size, dtype=dtype, freeze=("dino",))
+        model = build_model(tiny_config(VOCABULARY)).train()
+        freeze(model, train.frozen)
+        shot = Engine(model, train, *read_zero_json(name), world).snapshot()
+        tensors = [*shot.tensors.values(), *(shot.weights.state.values() if shot.weights else ())]
+        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+        found.append(sum(storages.values()))
+    return found
+
+
+def test_a_checkpoints_copy_takes_the_host_memory_that_was_predicted():
+    cases = [("zero0", "fp32"), ("zero2", "bf16"), ("zero3", "bf16")]
+    measured = run_ranks(copied_to_the_host, 2, cases)
+    parameters = count_parameters(meta_model(tiny_config(VOCABULARY), torch.float32, freeze=("dino",)))
+    for (name, dtype), *by_rank in zip(cases, *measured, strict=True):
+        engine = engine_memory(parameters, read_zero_json(name)[0], 2, dtype)
+        found = host_memory(parameters, engine, 2, dtype, buffers=1e9)  # training is the worse moment
+        copies = [size for part, size in found.items() if part.startswith("checkpoint's copy")]
+        assert sum(by_rank) == pytest.approx(sum(copies), rel=1e-3), (name, dtype)
+        states = 12 * parameters.trained / 2
+        assert by_rank[1] == pytest.approx(states, rel=0.02), (name, dtype)
+
+
+def test_the_worse_moment_of_the_host_is_loading_or_training():
+    parameters = Parameters(all=1100, trained=1000, largest=100)
+    engine = engine_memory(parameters, read_zero_json("zero2_offload")[0], 4, "bf16")
+    assert host_memory(parameters, engine, 4, "bf16", buffers=50.0) == {
+        "offloaded optimizer": 22_000, "checkpoint's copy, states": 12_000, "checkpoint's copy, weights": 2200,
+        "packs of the loader": 200,
+    }  # fmt: skip
+    plain = engine_memory(parameters, read_zero_json("zero2")[0], 8, "bf16")
+    assert host_memory(parameters, plain, 8, "bf16", buffers=50.0) == {"models, while loading": 4 * 1100 * 8}
+
+
+def test_packs_on_the_host_are_as_many_as_the_loader_holds():
+    asked = request(model="135m", ranks=2, step_tokens=4 * 16384)
+    capacities = planner.capacities_for(SAMPLES["stage2"], 16384)
+    found = planner.host_of(asked, engine_memory(planner.parameters_of("135m"), {}, 2, "bf16"), capacities)
+    frames = capacities.frames * 3 * 224**2
+    assert found["packs of the loader"] == pytest.approx(2 * (2 * 8 + 3 * 2 + 1) * frames, rel=0.05)
+    assert load_config("stage2_135m").data.num_workers == planner.WORKERS
+
+
 def request(**changes) -> planner.Request:
     given = {"model": "tiny", "stage": "stage2", "gpu": GPUS["rtx5090"], "ranks": 1, "limit": 30.0, "mfu": 0.3}
     return planner.Request(**(given | changes))
@@ -228,6 +290,16 @@ def test_a_choice_fits_and_less_memory_costs_speed(tiny_as_a_model):
     assert tight.total <= 0.8 * free.total
     assert (tight.zero, tight.checkpointing, tight.capacities.tokens) != (free.zero, NONE, 1024)
     assert planner.propose(request(limit=1e-4)) is None
+
+
+def test_what_the_machines_own_memory_cannot_hold_is_not_proposed(tiny_as_a_model):
+    asked = request(ranks=2)
+    free = planner.propose(asked)
+    needed = sum(free.host.values()) / GIB
+    assert planner.propose(replace(asked, host_limit=1.01 * needed)).zero == free.zero
+    tight = planner.propose(replace(asked, host_limit=0.99 * needed))
+    assert tight is None or sum(tight.host.values()) < 0.99 * needed * GIB
+    assert planner.propose(replace(asked, host_limit=1e-4)) is None
 
 
 def test_a_summary_says_what_is_assumed(tiny_as_a_model):

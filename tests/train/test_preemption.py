@@ -8,10 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-from launched import ROOT, arguments, final_weights, finish, launch, run, step_records
-from spawned import free_port
+from launched import ROOT, arguments, evaluation_rows, final_weights, finish, launch, run, step_records
+from spawned import free_port, run_ranks
+
+from fvlm.config import load_config
+from fvlm.evaluate import validation
+from fvlm.train.engine import World
+from fvlm.train.loop import Trainer
+from fvlm.train.preemption import Notice, Preempted
+from fvlm.train.zero_config import read_zero_json
 
 WORKERS = "data.num_workers=1"
 
@@ -49,6 +57,75 @@ def test_ranks_end_together_with_75_and_the_same_command_goes_on(shards, tmp_pat
         assert step_records(tmp_path / "stopped") == step_records(tmp_path / "whole")
         whole = final_weights(tmp_path / "whole")
         assert all(value.equal(whole[name]) for name, value in final_weights(tmp_path / "stopped").items())
+
+
+SHORT = ["train.total_samples=50", "train.eval_every=2", "train.checkpoint_every=0", "evaluation.tasks=[]"]
+TOLD_AT = 2
+"""Step after which the notice comes to the last rank."""
+
+
+def run_told(world: World, shards: Path, out: Path, moments: list[str]) -> dict:
+    """A whole run; and for each moment one that is told to stop then, and goes on."""
+    from launch.train import train
+
+    def start(name: str, notice: Notice) -> str:
+        data = [f"data.train=[{shards / 'train'}]", f"data.val=[{shards / 'val'}]", f"out={out / name}"]
+        try:
+            train(load_config("tiny_test", [*data, *SHORT]), read_zero_json("zero2"), world, notice)
+        except Preempted as stopped:
+            return str(stopped)
+        return ""
+
+    found = {"whole": start("whole", Notice())}
+    step, batch_sums = Trainer.step, validation._batch_sums
+    for moment in moments:
+        notice, packs = Notice(), []
+
+        def tell(at: str, notice=notice, moment=moment) -> None:
+            if at == moment and world.rank == world.size - 1:
+                notice.received = "SIGTERM"
+
+        def counted_step(trainer, loaded, tell=tell):
+            if loaded.step.index + 1 == TOLD_AT:
+                tell("step")
+            return step(trainer, loaded)
+
+        def counted_sums(*args, tell=tell, packs=packs):
+            packs.append(1)
+            if len(packs) == 1:
+                tell("evaluation")
+            return batch_sums(*args)
+
+        with patch.object(Trainer, "step", counted_step), patch.object(validation, "_batch_sums", counted_sums):
+            message = start(moment, notice)
+        latest = (out / moment / "checkpoints/latest").read_text().strip()
+        rows = len(evaluation_rows(out / moment))
+        world.barrier()
+        found[moment] = (message, len(packs), latest, rows, start(moment, Notice()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "moments"),
+    [(1, {"evaluation": 1}), pytest.param(2, {"evaluation": 1, "step": 0}, marks=pytest.mark.slow)],
+)
+def test_an_evaluation_ends_at_the_next_pack_and_is_made_after_the_restart(shards, tmp_path, world_size, moments):
+    """Also where the notice came before it began: nothing of the run is lost. `moments`: with the packs until then."""
+    for found in run_ranks(run_told, world_size, shards, tmp_path, list(moments)):
+        assert found["whole"] == ""
+        for moment, num_packs in moments.items():
+            message, packs, latest, rows, resumed = found[moment]
+            assert message.startswith(f"stopped as told after step {TOLD_AT};"), moment
+            assert packs == num_packs, moment
+            assert (latest, rows) == (f"step-{TOLD_AT:08d}", 0), moment
+            assert resumed == "", moment
+    whole = tmp_path / "whole"
+    assert len(evaluation_rows(whole)) >= 2
+    for moment in moments:
+        assert step_records(tmp_path / moment) == step_records(whole)
+        assert evaluation_rows(tmp_path / moment) == evaluation_rows(whole)
+        expected = final_weights(whole)
+        assert all(value.equal(expected[name]) for name, value in final_weights(tmp_path / moment).items())
 
 
 @pytest.mark.slow

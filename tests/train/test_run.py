@@ -164,7 +164,7 @@ def test_the_deepspeed_launcher_runs_it(shards, tmp_path):
     assert "ranks    2 on cpu" in printed
     codes, printed = finish([Popen([*command, "train.sede=1"], stdout=PIPE, stderr=STDOUT, text=True)])
     assert codes != [0]
-    assert printed.count("unknown key train.sede (did you mean seed?)") == 1
+    assert printed.count("train: unknown key train.sede (did you mean seed?)") == 1  # rank 0 says it
 
 
 def test_help_shows_an_example():

@@ -86,7 +86,7 @@ def one_step(engine: Engine, train, step: int, progress: float) -> tuple[float, 
         out = engine.forward(batch=batch, fine_iterations=1 + step % 2)
         engine.backward(out.loss_sum, labels)
         total += out.loss_sum.item()
-    norm = engine.step(learning_rates(train, progress))
+    norm = float(engine.step(learning_rates(train, progress)))
     return engine.world.sum(total).item() / labels, norm
 
 

@@ -128,11 +128,11 @@ def run_broken_sample(world: World, shards: Path, out: Path) -> tuple[str, str]:
         return loss * math.nan, pairs
 
     def suspects(scored):
-        batch, logprobs, keys = scored[0]
-        seen.append(list(keys))
-        rows = batch.loss_index
-        second = (rows >= batch.cu_seqlens[1]) & (rows < batch.cu_seqlens[2])
-        return original_suspects([(batch, torch.where(second, logprobs, 0.0), keys)])
+        pack = scored[0]
+        seen.append(list(pack.keys))
+        rows = pack.loss_index
+        second = (rows >= pack.cu_seqlens[1]) & (rows < pack.cu_seqlens[2])
+        return original_suspects([pack._replace(logprobs=torch.where(second, pack.logprobs, 0.0))])
 
     objectives.loss_sum, guard.suspects = loss_sum, suspects
     try:

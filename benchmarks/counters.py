@@ -26,7 +26,7 @@ WARNING = "called a synchronizing CUDA operation"
 LAUNCHES = re.compile(r"cu(da)?(LaunchKernel|LaunchCooperativeKernel|GraphLaunch)")
 """Calls of CUDA's runtime and driver that put work on the device; a replayed graph is one."""
 CPU_ONLY = "cpu only: "
-_CPU_BACKENDS = re.compile(r"fvlm/kernels/\w+/(cpu|reference)\.py:")
+_CPU_CODE = re.compile(r"fvlm/kernels/\w+/(cpu|reference)\.py:.*|.*: without_unused")
 _ENGINE = str(Path(importlib.util.find_spec("deepspeed").origin).parent) + "/"
 _OURS = f"{ROOT}/"
 _INSTALLED = re.compile(r"/(\.venv|build|site-packages)/")
@@ -48,13 +48,13 @@ class HostSyncs(Counter):
 
     @property
     def cpu_only(self) -> dict[str, int]:
-        """Those in back ends of the kernels that serve the CPU, and for which others stand in on CUDA."""
+        """Those in code that runs on the CPU only: the kernels' back ends for it, and packs cut to what is used."""
         return {where: count for where, count in self.items() if where.startswith(CPU_ONLY)}
 
     def add_on_cpu(self, operation: str) -> None:
         """Count one, caused by the current stack, of a run on the CPU."""
-        place = _place()
-        self[f"{CPU_ONLY * bool(_CPU_BACKENDS.match(place))}{place}: {operation}"] += 1
+        place, function = _place()
+        self[f"{CPU_ONLY * bool(_CPU_CODE.fullmatch(f'{place}: {function}'))}{place}: {operation}"] += 1
 
 
 class SteadyState:
@@ -110,7 +110,7 @@ class SteadyState:
 
         def show(message: Warning, category: type, filename: str, lineno: int, file: Any = None, line: Any = None):
             if WARNING in str(message):
-                self.host_syncs[f"{_place()}: {Path(filename).name}:{lineno}"] += 1
+                self.host_syncs[f"{_place()[0]}: {Path(filename).name}:{lineno}"] += 1
             else:
                 shown(message, category, filename, lineno, file, line)
 
@@ -179,14 +179,14 @@ def _finds_rows(name: str, args: Any) -> bool:
     return bool(masks) and not fills
 
 
-def _place() -> str:
-    """`path:line` of the innermost frame that is the repository's or DeepSpeed's."""
+def _place() -> tuple[str, str]:
+    """`path:line` and the function of the innermost frame that is the repository's or DeepSpeed's."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_ENGINE):
-            return f"deepspeed/{file.removeprefix(_ENGINE)}:{frame.f_lineno}"
+            return f"deepspeed/{file.removeprefix(_ENGINE)}:{frame.f_lineno}", frame.f_code.co_name
         if file.startswith(_OURS) and file != __file__ and not _INSTALLED.search(file.removeprefix(str(ROOT))):
-            return f"{file.removeprefix(_OURS)}:{frame.f_lineno}"
+            return f"{file.removeprefix(_OURS)}:{frame.f_lineno}", frame.f_code.co_name
         frame = frame.f_back
-    return "elsewhere"
+    return "elsewhere", ""

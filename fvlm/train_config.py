@@ -151,6 +151,8 @@ class TrainConfig:
     """Recompute blocks in the backward pass: less memory, about a third more work; true: all of them."""
     compile: bool = field(default=False, **OPERATIONAL)
     """Compile a block of each kind with torch.compile: minutes at the start; meant for a GPU (docs/kernels.md)."""
+    cuda_graphs: bool = field(default=False, **OPERATIONAL)
+    """Record forward and backward pass once and replay them: no launches, more memory; GPU only (docs/kernels.md)."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
     guard: GuardConfig = field(default_factory=GuardConfig)

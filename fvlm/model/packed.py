@@ -65,7 +65,7 @@ class PackedBatch:
 
         Reads lengths: for packs in the host's memory, where no shape needs to be fixed.
         """
-        num_rows, num_coarse = (max(1, int(x[-1])) for x in (self.cu_seqlens, self.coarse_cu_seqlens))
+        num_rows, num_coarse = max(1, int(self.cu_seqlens[-1])), max(1, int(self.coarse_cu_seqlens[-1]))
         looked_at = self.visual_frame[self.visual_index < len(self.token_ids)]
         num_frames = int(looked_at.max()) + 1 if len(looked_at) else 1
         return replace(

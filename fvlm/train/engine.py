@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fvlm.schema import ConfigError
-from fvlm.train import fragments, reshape
+from fvlm.train import fragments, graphs, reshape
 from fvlm.train.guard import not_finite
 from fvlm.train.optimizer import (
     LLM_BOTTOM,
@@ -157,6 +157,8 @@ class Engine:
                     f"use ZeRO-2 or less, or train.compile=false"
                 )
             model.compile_blocks()
+        if train.cuda_graphs:
+            graphs.require_graphs(train, self.stage, origin, world.device)
         try:
             optimizer = _optimizer(model, train)
             self._named = _named_groups(model, optimizer)  # DeepSpeed puts tensors of its own into the groups
@@ -166,6 +168,8 @@ class Engine:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{origin}: refused by DeepSpeed: {error}") from error
+        if train.cuda_graphs:
+            graphs.graphed(model, world.device)
         if self.stage != zero_stage(zero) and world.is_main:
             logger.info("%s in bf16 runs as ZeRO-1: DeepSpeed's ZeRO-0 would sum gradients in bf16", origin)
         self._micro_batches = 0

@@ -1,8 +1,12 @@
-"""Evaluate a checkpoint in the three modes: losses, multiple choice, lists, attention maps.
+"""Evaluate a checkpoint in the three modes: losses, multiple choice, lists, captions, benchmarks, attention maps.
 
 python launch/evaluate.py --checkpoint runs/demo
 python launch/evaluate.py --checkpoint runs/demo --data shards/val --tasks loss mc --modes coarse_fine autoregressive
+python launch/evaluate.py --checkpoint runs/demo --tasks mvbench pope --benchmark-data published --answers generate
+python launch/evaluate.py --checkpoint runs/demo --tasks loss mc --orderings video_first question_first
 deepspeed launch/evaluate.py --checkpoint runs/demo --fine-iterations 2 --out runs/demo/evaluation-2
+
+evaluation.json is written part by part: the same command goes on where it stopped; further tasks or modes are added.
 
 Exit code 0: done, 1: failed, 2: wrong usage or configuration.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +27,15 @@ import torch
 from fvlm.data.chat import load_tokenizer
 from fvlm.data.errors import SampleError
 from fvlm.data.shard import find_shards
+from fvlm.evaluate.asking import Questions, evaluate_modes, ordering_table
 from fvlm.evaluate.attention import save_maps
+from fvlm.evaluate.benchmarks.catalogue import READERS, open_benchmark
 from fvlm.evaluate.checkpoint import Checkpoint, open_checkpoint
-from fvlm.evaluate.suite import MODES, TASKS, Suite, build_suite, evaluate_modes
+from fvlm.evaluate.items import Presentation
+from fvlm.evaluate.progress import benchmark_digest, file_digest, resume, set_digest
+from fvlm.evaluate.ranks import gather_over_ranks
+from fvlm.evaluate.suite import MODES, ORDERINGS, TASKS, build_suite
+from fvlm.evaluate.writing import Writer
 from fvlm.model.base import cast_parameters
 from fvlm.research.reading import with_interval
 from fvlm.schema import ConfigError
@@ -48,41 +59,84 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder (its best), checkpoint, model folder, hf:name")
     parser.add_argument("--data", nargs="+", help="validation shards: files, folders, globs; default: the run's")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: all that the data has questions for")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=(*TASKS, *READERS),
+        metavar="TASK",
+        help=f"of the validation set: {', '.join(TASKS)}; default: all that it has questions for. "
+        f"Published benchmarks: {', '.join(READERS)}",
+    )
+    parser.add_argument("--benchmark-data", type=Path, help="folder with a benchmark a folder, as published")
+    parser.add_argument(
+        "--answers",
+        choices=("likelihood", "generate"),
+        default="likelihood",
+        help="how multiple choice is answered: the likeliest option, the default, or by what is written",
+    )
+    parser.add_argument("--new-tokens", type=at_least_one, default=64, help="most tokens of what is written")
+    parser.add_argument(
+        "--orderings", nargs="+", choices=ORDERINGS, default=["video_first"], help="default: video_first; both: a table"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     parser.add_argument("--fine-iterations", type=at_least_one, help="of coarse_fine; default: the run's first, or 1")
     parser.add_argument("--tokenizer", help="tiny, a Hugging Face id or a folder; default: the run's")
     parser.add_argument("--samples", type=at_least_one, help="validation samples for the losses; default: all")
-    parser.add_argument("--questions", type=at_least_one, help="questions of each choice task; default: all")
+    parser.add_argument("--questions", type=at_least_one, help="questions of each further task; default: all")
     parser.add_argument("--tokens", type=at_least_one, default=8192, help="rows of a pack")
     parser.add_argument("--cache-dir", help="folder for indexes of shards made elsewhere; default: the run's")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--out", type=Path, help="folder for evaluation.json and maps; default: RUN/evaluation")
+    parser.add_argument("--restart", action="store_true", help="begin anew, whatever was found before")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
 
 
-def prepare(args: argparse.Namespace, checkpoint: Checkpoint, world: World) -> Suite:
-    """The validation set and its questions, as this checkpoint has to see them."""
+def prepare(args: argparse.Namespace, checkpoint: Checkpoint, world: World, ordering: str) -> Questions:
+    """The validation set, the benchmarks and their questions, as this checkpoint has to see them."""
+    config = checkpoint.config
+    name = args.tokenizer or (config.tokenizer if config else None)
+    if name is None:
+        raise ConfigError("--tokenizer: the checkpoint does not say which; give tiny, a Hugging Face id or a folder")
+    tokenizer, mixture, layout = load_tokenizer(name), checkpoint.mixture, ORDERINGS[ordering]
+    size = config.model.frame_size if config else checkpoint.model.config.image_size
+    presentation = Presentation(image_size=size, layout=layout, grid=mixture.grid, **mixture.visual_arguments)
+    named = [task for task in args.tasks or () if task in READERS]
+    if named and args.benchmark_data is None:
+        raise ConfigError(f"--benchmark-data: needed for {', '.join(named)}: a folder with a folder of each")
+    suite = None
+    if args.tasks is None or len(named) < len(args.tasks):
+        suite = _suite(args, checkpoint, world, tokenizer, layout, size, [t for t in args.tasks or () if t in TASKS])
+    found = [
+        open_benchmark(task, args.benchmark_data, tokenizer, presentation, most_questions=args.questions)
+        for task in named
+    ]
+    writer = Writer(
+        tokenizer=tokenizer, presentation=presentation, new_tokens=args.new_tokens, token_budget=args.tokens
+    )
+    written = args.answers == "generate"
+    return Questions(suite=suite, benchmarks=found, device=world.device, writer=writer if written else None)
+
+
+def _suite(args, checkpoint, world, tokenizer, layout, size, tasks):
     config = checkpoint.config
     data = args.data or (list(config.data.val) if config else None)
     if not data:
         raise ConfigError("--data: the checkpoint names no validation shards; give files, folders or globs")
-    tokenizer = args.tokenizer or (config.tokenizer if config else None)
-    if tokenizer is None:
-        raise ConfigError("--tokenizer: the checkpoint does not say which; give tiny, a Hugging Face id or a folder")
     cache_dir = args.cache_dir or (config.data.cache_dir if config else None)
     return build_suite(
         find_shards(data),
-        load_tokenizer(tokenizer),
+        tokenizer,
         checkpoint.mixture,
-        image_size=config.model.frame_size if config else checkpoint.model.config.image_size,
+        image_size=size,
         device=world.device,
-        tasks=args.tasks,
+        tasks=tasks or None,
         objective=config.train.objective if config else "ce_answer",
         tokens=args.tokens,
         most_samples=args.samples,
         most_questions=args.questions,
+        new_tokens=args.new_tokens,
+        layout=layout,
         cache_dir=Path(cache_dir) if cache_dir else None,
     )
 
@@ -95,41 +149,82 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def evaluate(args: argparse.Namespace, world: World) -> None:
-    """Open, ask, write, print."""
+    """Open, ask part by part, write, print."""
     out, checkpoint = output_folder(args), open_checkpoint(args.checkpoint)
-    suite = prepare(args, checkpoint, world)
+    orderings = list(dict.fromkeys(args.orderings))
+    questions = {ordering: prepare(args, checkpoint, world, ordering) for ordering in orderings}
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = cast_parameters(checkpoint.model.to(world.device), dtype)
     iterations = args.fine_iterations or (checkpoint.config.train.fine_iterations[0] if checkpoint.config else 1)
     has_modes = model.config.architecture == "foveated"
     modes = args.modes if has_modes else ["coarse_fine"]  # without queries all modes are the same
-    found = evaluate_modes(suite, model, modes, iterations)
-    maps = suite.maps(model, modes, iterations)
-    if not world.is_main:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    paths = save_maps(maps, out / "maps")
-    record = {
-        "command": ["evaluate.py", *sys.argv[1:]],
-        "checkpoint": checkpoint.weights,
-        "architecture": model.config.architecture,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "fine_iterations": iterations,
-        "ranks": world.size,
-        "dtype": args.dtype,
-        "commit": commit(),
-        "environment": environment(),
-        **found,
-        "maps": [str(path.relative_to(out)) for path in paths],
-        "maps_skipped": dict(suite.clips_skipped),
+    path, record = out / "evaluation.json", None
+    if world.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        record = resume(path, identity(args, checkpoint, questions[orderings[0]], iterations), args.restart)
+        record |= {
+            "complete": False,
+            "command": ["evaluate.py", *sys.argv[1:]],
+            "checkpoint": checkpoint.weights,
+            "architecture": model.config.architecture,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "fine_iterations": iterations,
+            "ordering": orderings[0],
+            "answers": args.answers,
+            "ranks": world.size,
+            "dtype": args.dtype,
+            "commit": commit(),
+            "environment": environment(),
+        }
+    record = gather_over_ranks(record)[0]  # all ranks ask the same parts
+
+    def save() -> None:
+        if world.is_main:
+            write_json(path, record)
+
+    by_ordering = {}
+    for number, ordering in enumerate(orderings):
+        part = record.setdefault("other_orderings", {}).setdefault(ordering, {}) if number else record
+        evaluate_modes(questions[ordering], model, modes, iterations, part, save)
+        by_ordering[ordering] = part["modes"]
+    suite = questions[orderings[0]].suite
+    if suite and "maps" in suite.tasks:
+        draw_maps(record, suite, model, modes, iterations, out, world)
+    record["complete"] = True
+    save()
+    if world.is_main:
+        print_table(record)
+        print_orderings(by_ordering)
+        print(f"evaluate: {path}, {len(record.get('maps', []))} clips with attention maps")
+
+
+def identity(args: argparse.Namespace, checkpoint: Checkpoint, asked: Questions, iterations: int) -> dict[str, Any]:
+    """What the figures depend on; the record of another identity is not gone on with."""
+    names = ("samples", "questions", "tokens", "dtype", "answers", "new_tokens")
+    arguments = {name: getattr(args, name) for name in names}
+    found = {
+        "checkpoint": file_digest(Path(checkpoint.weights)),
+        "code": commit(),
+        "arguments": {**arguments, "fine_iterations": iterations, "ordering": args.orderings[0]},
     }
-    write_json(out / "evaluation.json", record)
-    print_table(record)
-    print(f"evaluate: {out / 'evaluation.json'}, {len(paths)} clips with attention maps")
+    if asked.suite:
+        found["data"] = set_digest(asked.suite.indexes)
+    return found | {benchmark.name: benchmark_digest(benchmark) for benchmark in asked.benchmarks}
+
+
+def draw_maps(record, suite, model, modes, iterations, out: Path, world: World) -> None:
+    """Attention maps into `out`/maps, unless those of the same modes are there."""
+    there = record.get("maps_modes") == list(modes) and all((out / name).is_file() for name in record["maps"])
+    if gather_over_ranks(there)[0]:
+        return
+    maps = suite.maps(model, modes, iterations)
+    paths = save_maps(maps, out / "maps") if world.is_main else []
+    record["maps"], record["maps_modes"] = [str(path.relative_to(out)) for path in paths], list(modes)
+    record["maps_skipped"] = dict(suite.clips_skipped)
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """One line a mode, and the gap of deployment to training."""
+    """One line a mode, the further tasks, and the gap of deployment to training."""
     print(f"{'mode':16}{'loss':>9}{'ratio':>9}{'entropy':>9}{'ms/sample':>11}  {'multiple choice':24}lists")
     for mode, figures in record["modes"].items():
         loss = figures.get("loss") or {}
@@ -139,9 +234,37 @@ def print_table(record: dict[str, Any]) -> None:
         cells.append(f"{'-' if seconds is None else f'{1000 * seconds:.2f}':>11}")
         tasks = [with_interval((figures.get(task) or {}).get("overall")) for task in ("multiple_choice", "slots")]
         print(f"{mode:16}{''.join(cells)}  {tasks[0]:24}{tasks[1]}")
+    for mode, figures in record["modes"].items():
+        for line in further_lines(figures):
+            print(f"{mode:16}{line}")
     if record["gaps"]:
         named = ", ".join(f"{name} {gap:+.4f}" for name, gap in record["gaps"].items())
         print(f"autoregressive minus coarse_fine: {named}")
+
+
+def further_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Captions and benchmarks of one mode."""
+    lines = []
+    if found := figures.get("captions"):
+        interval = f"[{found['cider_low']:.3f}–{found['cider_high']:.3f}]"
+        others = f"BLEU-4 {found['bleu_4']:.3f}, METEOR {found['meteor']:.3f}, {found['n']} clips"
+        lines.append(f"captions: CIDEr {found['cider']:.3f} {interval}, {others}")
+    for name in READERS:
+        if overall := (figures.get(name) or {}).get("overall"):
+            accuracy = with_interval(overall if "accuracy" in overall else None)
+            counts = ", ".join(f"{overall[key]} {key}" for key in ("asked", "missing", "broken"))
+            lines.append(f"{name}: {accuracy} of those answered; {overall['accuracy_of_asked']:.1%} of all: {counts}")
+    return lines
+
+
+def print_orderings(by_ordering: Mapping[str, Mapping[str, Any]]) -> None:
+    """Mode by ordering, where there is more than one."""
+    if len(by_ordering) < 2:
+        return
+    print(f"{'':16}{'ordering':18}{'coarse_only':>14}{'coarse_fine':>14}")
+    for name, ordering, cells in ordering_table(by_ordering):
+        shown = [f"{cells[mode]:.4f}" if mode in cells else "-" for mode in ("coarse_only", "coarse_fine")]
+        print(f"{name:16}{ordering:18}{shown[0]:>14}{shown[1]:>14}")
 
 
 def main() -> int:

@@ -1,1 +1,1 @@
-"""What a checkpoint can do: losses, multiple choice, attention maps, in the three modes."""
+"""What a checkpoint can do: losses, multiple choice, captions, benchmarks, attention maps, in the three modes."""

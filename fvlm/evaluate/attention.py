@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fvlm.data.batch import LoadedSample, collate
 from fvlm.data.errors import MediaError, SampleError
-from fvlm.data.plan import Capacities
-from fvlm.evaluate.items import Item, Presentation, in_turn
+from fvlm.evaluate.items import Item, Presentation, in_turn, room_for
 from fvlm.evaluate.maps import CELLS, ClipMaps, save_clip
 from fvlm.evaluate.ranks import gather_over_ranks
 from fvlm.evaluate.validation import evaluating
@@ -58,7 +57,7 @@ def clip_maps(
     """
     frames, text = item.read_frames(), presentation.segments(item.meta, tokenizer)
     sample = LoadedSample(key=str(item.meta.get("key")), segments=text, frames=frames, source_id=0)
-    batch = collate([sample], _room_for(sample), "ce_answer", presentation.image_size, presentation.grid).to(device)
+    batch = collate([sample], room_for([sample]), "ce_answer", presentation.image_size, presentation.grid).to(device)
     in_order = batch.visual_index.argsort().cpu().numpy()
     with evaluating(model):
         maps = {
@@ -104,21 +103,3 @@ def look_at_array(item: Item) -> np.ndarray:
 def _is_place(place: object) -> bool:
     cell = isinstance(place, list) and len(place) == 2 and all(type(at) is int and 0 <= at < CELLS for at in place)
     return place is None or cell
-
-
-def _room_for(sample: LoadedSample) -> Capacities:
-    """Capacities that hold exactly this sample, so that no row is unused."""
-    visual = sum(len(part.frames) for part in sample.segments if hasattr(part, "frames"))
-    text = sum(part.token_ids.size for part in sample.segments if hasattr(part, "token_ids"))
-    labels = sum(int(part.is_answer.sum()) for part in sample.segments if hasattr(part, "is_answer"))
-    last = max(place for place, part in enumerate(sample.segments) if hasattr(part, "frames"))
-    leading = sum(part.token_ids.size for part in sample.segments[:last] if hasattr(part, "token_ids"))
-    return Capacities(
-        frames=len(sample.frames),
-        tokens=visual + text,
-        visual=visual,
-        coarse=leading + visual,
-        samples=1,
-        labels=labels,
-        max_seqlen=visual + text,
-    )

@@ -11,13 +11,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from fvlm.evaluate.statistics import bootstrap_interval
 from fvlm.schema import ConfigError
 
 NOTHING = "nothingwassaid"
 """What an empty caption is scored as: one word that no reference has."""
-RESAMPLES = 1000
 
 
 def require_caption_metrics() -> None:
@@ -32,12 +30,16 @@ def require_caption_metrics() -> None:
         )
 
 
-def caption_figures(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+def caption_figures(
+    captions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Figures of captions against their references.
 
     Args:
         captions: one a clip.
         references: one or more a clip.
+        groups: of each clip, such as its source; with them there is "by_group", in which CIDEr weighs words as in the
+            whole set.
 
     Returns:
         {"cider", "cider_low", "cider_high", "bleu_4", "meteor", "n", "empty", "cider_by_clip", "flags"}. CIDEr is in
@@ -63,22 +65,28 @@ def caption_figures(captions: Sequence[str], references: Sequence[Sequence[str]]
     truths = {clip: [{"caption": _one_line(x) or NOTHING} for x in texts] for clip, texts in enumerate(references)}
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints its lengths
         hypotheses, truths = _nothing_left(PTBTokenizer().tokenize(hypotheses)), PTBTokenizer().tokenize(truths)
-        bleu, _ = Bleu(4).compute_score(truths, hypotheses)
-        cider, by_clip = Cider().compute_score(truths, hypotheses)
-        meteor, _ = Meteor().compute_score(truths, hypotheses)
-    low, high = bootstrap_interval(by_clip)
-    return {
-        "cider": float(cider), "cider_low": low, "cider_high": high, "bleu_4": float(bleu[3]), "meteor": float(meteor),
-        "n": len(said), "empty": said.count(""), "cider_by_clip": [float(x) for x in by_clip],
-        "flags": _flags(said),
-    }  # fmt: skip
+        _, by_clip = Cider().compute_score(truths, hypotheses)
+        meteor = Meteor()  # a process that serves any number of sets
 
+        def figures(clips: Sequence[int]) -> dict[str, Any]:
+            chosen = [{at: texts[clip] for at, clip in enumerate(clips)} for texts in (truths, hypotheses)]
+            cider = [float(by_clip[clip]) for clip in clips]
+            low, high = bootstrap_interval(cider)
+            return {
+                "cider": sum(cider) / len(cider), "cider_low": low, "cider_high": high,
+                "bleu_4": float(Bleu(4).compute_score(*chosen)[0][3]),
+                "meteor": float(meteor.compute_score(*chosen)[0]),
+                "n": len(clips), "empty": sum(not said[clip] for clip in clips),
+                "flags": _flags([said[clip] for clip in clips]),
+            }  # fmt: skip
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean, over `RESAMPLES` draws with replacement."""
-    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(np.asarray(values)[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+        found = figures(range(len(said)))
+        members: dict[str, list[int]] = {}
+        for clip, group in enumerate(groups or ()):
+            members.setdefault(group, []).append(clip)
+        if groups is not None:
+            found["by_group"] = {group: figures(clips) for group, clips in sorted(members.items())}
+    return {**found, "cider_by_clip": [float(x) for x in by_clip]}
 
 
 def _one_line(text: str) -> str:

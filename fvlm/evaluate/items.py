@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fvlm.data.batch import LoadedSample
 from fvlm.data.chat import Layout, Text, Visual, segments
 from fvlm.data.clip import Clip
 from fvlm.data.errors import MediaError, SampleError
+from fvlm.data.plan import Capacities
 from fvlm.data.shard import ShardReader, load_index
 from fvlm.data.video import decode_jpeg
 
@@ -82,6 +84,29 @@ def read_items(
     return every_nth(items, most), skipped
 
 
+def room_for(samples: Sequence[LoadedSample], grid: int = 0) -> Capacities:
+    """Capacities that hold exactly these samples, none of which shares frames with another."""
+    lengths = [segment_lengths(sample.segments, grid) for sample in samples]
+    visual = [[isinstance(part, Visual) for part in sample.segments] for sample in samples]
+    leading = [max((at + 1 for at, found in enumerate(kinds) if found), default=0) for kinds in visual]
+    texts = [part for sample in samples for part in sample.segments if isinstance(part, Text)]
+    sizes = {
+        "frames": sum(len(sample.frames) for sample in samples),
+        "tokens": sum(map(sum, lengths)),
+        "visual": sum(n for rows, kinds in zip(lengths, visual, strict=True) for n in np.compress(kinds, rows)),
+        "coarse": sum(sum(rows[:end]) for rows, end in zip(lengths, leading, strict=True)),
+        "samples": len(samples),
+        "labels": sum(int(part.is_answer.sum()) for part in texts),
+        "max_seqlen": max(map(sum, lengths)),
+    }
+    return Capacities(**{name: max(1, int(size)) for name, size in sizes.items()})
+
+
+def segment_lengths(text: Sequence[Text | Visual], grid: int) -> list[int]:
+    """Rows of each segment."""
+    return [part.token_ids.size if isinstance(part, Text) else max(1, grid) * len(part.frames) for part in text]
+
+
 def every_nth(items: list, most: int | None) -> list:
     """At most `most` of the items, spaced evenly."""
     if most is None or len(items) <= most:
@@ -114,6 +139,13 @@ def _read_frames(reader: ShardReader, row: int, size: int) -> np.ndarray:
 def has_options(meta: Mapping) -> bool:
     """Whether a sample is a multiple-choice question."""
     return bool(meta.get("options"))
+
+
+def is_caption(meta: Mapping) -> bool:
+    """Whether a sample's answer is one free text about its frames: no options, no list, no further turns."""
+    answer = meta.get("assistant")
+    free = isinstance(answer, str) and bool(answer.strip()) and not is_listing(meta)
+    return free and meta.get("kind") != "text" and not has_options(meta) and not meta.get("turns")
 
 
 def is_listing(meta: Mapping) -> bool:

@@ -22,6 +22,8 @@ from fvlm.data.errors import SampleError
 from fvlm.evaluate.items import Item, Presentation
 from fvlm.evaluate.scoring import Request, Scores, Segments, answer_targets, score
 from fvlm.evaluate.statistics import accuracy_figures
+from fvlm.evaluate.writing import Writer
+from fvlm.evaluate.written_choice import named_option
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,19 @@ class Answer:
 
     question: Question
     choices: tuple[int, ...]
-    by_length: tuple[int, ...]
+    by_length: tuple[int, ...] = ()
+    said: str | None = None
+    """What was written, where the choice was read from it; the choice is -1 where it names no option."""
 
     @property
     def correct(self) -> float:
         """Share of places chosen rightly."""
         return float(np.mean(np.equal(self.choices, self.question.answers)))
+
+    @property
+    def chosen(self) -> str:
+        """The options chosen, in words."""
+        return " ".join(self.question.options[i] if i >= 0 else "nothing that is an option" for i in self.choices)
 
     def as_dict(self) -> dict[str, Any]:
         """A readable record: what was asked, what is right, what was chosen."""
@@ -59,7 +68,7 @@ class Answer:
             "source": question.source,
             "question": question.item.meta.get("user"),
             "gold": " ".join(question.options[i] for i in question.answers),
-            "choice": " ".join(question.options[i] for i in self.choices),
+            "choice": self.chosen if self.said is None else self.said,
             "correct": self.correct,
         }
 
@@ -96,12 +105,29 @@ class ChoiceTask:
         pairs = zip(self.questions, scores, strict=True)
         return [_choose(question, found) for question, found in pairs if found is not None], self.skipped + unread
 
+    def run_by_writing(
+        self, model: nn.Module, writer: Writer, *, device: torch.device | str, mode: str, fine_iterations: int = 1
+    ) -> tuple[list[Answer], Counter]:
+        """As `run`, by what the model writes to each question: the option that it names, by letter or by text."""
+        items = [question.item for question in self.questions]
+        said, unread = writer.write(model, items, device, mode, fine_iterations)
+        answers = []
+        for question, text in zip(self.questions, said, strict=True):
+            if text is not None:
+                choice = named_option(text, question.options, lettered=bool(question.item.meta.get("lettered")))
+                answers.append(Answer(question, (-1 if choice is None else choice,), said=text))
+        return answers, self.skipped + unread
+
+    def figures(self, answers: Sequence[Answer], skipped: Counter) -> dict[str, Any]:
+        """What is recorded of the answers: `summarise` and "skipped"."""
+        return {**summarise(answers), "skipped": dict(skipped)}
+
 
 def multiple_choice(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, presentation: Presentation
 ) -> ChoiceTask:
     """Questions whose samples carry `options` and `answer` (the index of the right one)."""
-    return _task("multiple_choice", items, lambda item: _option_question(item, tokenizer, presentation), presentation)
+    return _task("multiple_choice", items, lambda item: option_question(item, tokenizer, presentation), presentation)
 
 
 def slots(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, presentation: Presentation) -> ChoiceTask:
@@ -124,8 +150,8 @@ def summarise(answers: Sequence[Answer]) -> dict[str, Any]:
     for answer in answers:
         by_source.setdefault(answer.question.source, []).append(answer)
     return {
-        "overall": _figures(answers),
-        "by_source": {source: _figures(group) for source, group in sorted(by_source.items())},
+        "overall": choice_figures(answers),
+        "by_source": {source: choice_figures(group) for source, group in sorted(by_source.items())},
     }
 
 
@@ -139,7 +165,8 @@ def _task(name: str, items: Sequence[Item], ask: Any, presentation: Presentation
     return ChoiceTask(name, questions, presentation, skipped)
 
 
-def _option_question(item: Item, tokenizer: PreTrainedTokenizerBase, presentation: Presentation) -> Question:
+def option_question(item: Item, tokenizer: PreTrainedTokenizerBase, presentation: Presentation) -> Question:
+    """Scores each of the sample's options as its answer; raises SampleError where they are none."""
     meta, options, answer = item.meta, item.meta["options"], item.meta.get("answer")
     if meta.get("turns"):
         raise SampleError("bad_options", "options belong to one user text and one answer, not to several turns")
@@ -226,15 +253,21 @@ def _choose(question: Question, found: Scores) -> Answer:
     return Answer(question, tuple(logprob.argmax(1).tolist()), tuple((logprob / tokens).argmax(1).tolist()))
 
 
-def _figures(answers: Sequence[Answer]) -> dict[str, Any]:
+def choice_figures(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Figures of one group of answers; empty without answers."""
     if not answers:
         return {}
+    written = answers[0].said is not None
     figures = accuracy_figures(
         [answer.correct for answer in answers],
         [1 / len(answer.question.options) for answer in answers],
-        [answer.question.options[i] for answer in answers for i in answer.choices],
+        [answer.chosen for answer in answers]
+        if written
+        else [a.question.options[i] for a in answers for i in a.choices],
         [answer.question.options[i] for answer in answers for i in answer.question.answers],
     )
+    if written:
+        return {**figures, "unparsed": sum(answer.choices == (-1,) for answer in answers)}
     by_length = [float(np.mean(np.equal(answer.by_length, answer.question.answers))) for answer in answers]
     figures["accuracy_by_length"] = float(np.mean(by_length))
     longest = max(len(answer.choices) for answer in answers)

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+RESAMPLES = 1000
 Z_95 = 1.959963984540054
 
 
@@ -24,6 +27,26 @@ def wilson_interval(correct: float, total: float, z: float = Z_95) -> tuple[floa
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def bootstrap_interval(
+    sums: Sequence[float], counts: Sequence[float] | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean Σ sums / Σ counts, over `RESAMPLES` draws of samples with replacement.
+
+    Args:
+        sums: one a sample.
+        counts: what each sum is over, such as its tokens; None: 1 each.
+    """
+    sums = np.asarray(sums, np.float64)
+    counts = np.ones_like(sums) if counts is None else np.asarray(counts, np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    for draw in range(RESAMPLES):
+        chosen = rng.integers(0, len(sums), len(sums))
+        means[draw] = sums[chosen].sum() / counts[chosen].sum()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def accuracy_figures(

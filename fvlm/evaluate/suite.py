@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fvlm.data.chat import Layout
 from fvlm.data.loader import PackLoader
 from fvlm.data.plan import Capacities, Mixture, Plan, PlanState, SampleTable
 from fvlm.data.shard import load_index
 from fvlm.data.shard_index import ShardIndex
 from fvlm.evaluate.attention import choose_clips, clip_maps, read_clip
-from fvlm.evaluate.items import Item, Presentation, has_options, in_turn, is_listing, read_items
+from fvlm.evaluate.captioning import require_caption_metrics
+from fvlm.evaluate.captions import CaptionTask
+from fvlm.evaluate.items import Item, Presentation, has_options, is_caption, is_listing, read_items
 from fvlm.evaluate.maps import ClipMaps
-from fvlm.evaluate.multiple_choice import Answer, ChoiceTask, multiple_choice, slots, summarise
+from fvlm.evaluate.multiple_choice import ChoiceTask, multiple_choice, slots, summarise
 from fvlm.evaluate.ranks import rank_and_world
 from fvlm.evaluate.validation import LossReport, evaluate_losses, time_mode
+from fvlm.evaluate.writing import Writer
 from fvlm.schema import ConfigError
 
+logger = logging.getLogger(__name__)
 MODES = ("coarse_only", "coarse_fine", "autoregressive")
-TASKS = ("loss", "blank", "mc", "slots", "maps")
+ORDERINGS = {"video_first": Layout.VIDEO_FIRST, "question_first": Layout.QUESTION_FIRST}
+TASKS = ("loss", "blank", "mc", "slots", "captions", "maps")
 SUMMARY_FIGURES = ("accuracy", "n", "chance", "low", "high")
 _RESERVE = 4  # clips kept for each one shown, to stand in for unreadable ones
 
@@ -49,6 +55,7 @@ class Suite:
     refused: Callable[[], Counter]
     """Samples that the packs have no room for, by reason; known once a pass is through."""
     choice: list[ChoiceTask]
+    captions: CaptionTask | None
     clips: list[Item]
     """The fixed clips for attention maps, and behind them those that take the place of unreadable ones."""
     num_clips: int
@@ -57,9 +64,11 @@ class Suite:
     clips_skipped: Counter = field(default_factory=Counter)
     """Clips that the latest `maps` could not show, by reason."""
 
-    def losses(self, model: nn.Module, mode: str, fine_iterations: int = 1, blank: bool = False) -> LossReport:
+    def losses(
+        self, model: nn.Module, mode: str, fine_iterations: int = 1, blank: bool = False, intervals: bool = False
+    ) -> LossReport:
         """Losses over the set; `blank`: with mid-grey frames."""
-        arguments = {"source_names": self.source_names, "blank": blank}
+        arguments = {"source_names": self.source_names, "blank": blank, "intervals": intervals}
         report = evaluate_losses(model, self.batches(), mode, fine_iterations, **arguments)
         return replace(report, skipped=dict(Counter(report.skipped) + self.refused()))
 
@@ -101,6 +110,8 @@ def build_suite(
     most_samples: int | None = None,
     most_questions: int | None = None,
     num_clips: int = 10,
+    new_tokens: int = 64,
+    layout: Layout = Layout.VIDEO_FIRST,
     num_workers: int = 0,
     cache_dir: Path | None = None,
 ) -> Suite:
@@ -109,22 +120,24 @@ def build_suite(
     Args:
         tasks: a part of `TASKS`; None: all that the set has questions for.
         mixture: of training; only how samples are shown is taken from it (looks, tokens_per_frame, grid). The set
-            itself is shown once, in its own composition, video first.
+            itself is shown once, in its own composition.
         tokens: rows of a pack.
         most_samples, most_questions: limits for the losses (the first in the plan's fixed order) and for each choice
-            task (spaced evenly over the shards); None: all.
+            task and the captions (spaced evenly over the shards); None: all.
+        new_tokens: most tokens of a caption.
+        layout: whether frames or question come first.
 
     Raises:
-        ConfigError: an unknown task, a choice task without a single question in the set, or a set without a sample that
-            can be shown.
+        ConfigError: an unknown task, a choice task without a single question in the set, captions without anything to
+            describe or to score them with, or a set without a sample that can be shown.
     """
     chosen = list(TASKS if tasks is None else tasks)
     unknown = set(chosen) - set(TASKS)
     if unknown:
         raise ConfigError(f"tasks: {', '.join(sorted(unknown))} unknown; expected some of {', '.join(TASKS)}")
-    presentation = Presentation(image_size=image_size, grid=mixture.grid, **mixture.visual_arguments)
+    presentation = Presentation(image_size=image_size, layout=layout, grid=mixture.grid, **mixture.visual_arguments)
     indexes = [load_index(path, tokenizer, cache_dir) for path in shards]
-    plan = _plan(SampleTable.from_indexes(indexes), mixture, objective, tokens, most_samples)
+    plan = _plan(SampleTable.from_indexes(indexes), mixture, layout, objective, tokens, most_samples)
     rank, world = rank_and_world()
 
     def batches(reference: np.ndarray | None = None) -> Iterable:
@@ -157,6 +170,13 @@ def build_suite(
             raise ConfigError(f"tasks: {task} was asked, and no sample of the set is {kind}; leave {task} out")
         prepared = asked[task](items, tokenizer, presentation)
         choice.append(replace(prepared, skipped=prepared.skipped + unreadable))
+    captions = None
+    if "captions" in chosen:
+        found = read_items(shards, tokenizer, image_size, is_caption, most=most_questions, cache_dir=cache_dir)
+        writer = Writer(tokenizer=tokenizer, presentation=presentation, new_tokens=new_tokens, token_budget=tokens)
+        captions = _captions(*found, writer, by_name=tasks is not None)
+    if captions is None:
+        chosen = [name for name in chosen if name != "captions"]
     return Suite(
         tasks=tuple(chosen),
         presentation=presentation,
@@ -168,18 +188,40 @@ def build_suite(
         batches=batches,
         refused=lambda: plan.refused,
         choice=choice,
+        captions=captions,
         clips=_fixed_clips(shards, tokenizer, image_size, cache_dir, _RESERVE * num_clips) if "maps" in chosen else [],
         num_clips=num_clips,
         device=torch.device(device),
     )
 
 
-def _plan(table: SampleTable, mixture: Mixture, objective: str, tokens: int, most: int | None) -> Plan:
-    """One pass over the set in its own composition, video first."""
+def _captions(items: list[Item], unreadable: Counter, writer: Writer, by_name: bool) -> CaptionTask | None:
+    """The clips to describe; None, with a log line, where they cannot be and were not asked for by name."""
+    try:
+        if not items:
+            raise ConfigError(
+                "tasks: captions was asked, and no sample of the set is answered by free text; leave captions out"
+            )
+        require_caption_metrics()
+    except ConfigError as error:
+        if by_name:
+            raise
+        logger.info("captions left out: %s", error)
+        return None
+    return CaptionTask(items=items, writer=writer, skipped=unreadable)
+
+
+def _plan(table: SampleTable, mixture: Mixture, layout: Layout, objective: str, tokens: int, most: int | None) -> Plan:
+    """One pass over the set in its own composition."""
     if objective == "dpo" and not np.any(table.rejected_answer):
         raise ConfigError(f"validation set of {len(table)} samples: no preference pair (chosen, rejected) among them")
     total = len(table) if most is None else min(len(table), most)
-    shown = Mixture(looks=mixture.looks, tokens_per_frame=mixture.tokens_per_frame, grid=mixture.grid)
+    shown = Mixture(
+        looks=mixture.looks,
+        tokens_per_frame=mixture.tokens_per_frame,
+        grid=mixture.grid,
+        question_first=float(layout == Layout.QUESTION_FIRST),
+    )
     try:
         capacities = Capacities.propose(table, shown, tokens=tokens, objective=objective)
         return Plan(table, shown, capacities, objective, seed=0, total_samples=total)
@@ -208,51 +250,3 @@ def training_figures(suite: Suite, model: nn.Module, mode: str, fine_iterations:
     if "maps" in suite.tasks:
         figures["maps/skipped"] = suite.clips_skipped.total()
     return figures
-
-
-def evaluate_modes(
-    suite: Suite, model: nn.Module, modes: Sequence[str] = MODES, fine_iterations: int = 1
-) -> dict[str, Any]:
-    """Everything the suite asks, in several modes: {"modes", "gaps", "samples"}, JSON-able, the same on every rank."""
-    by_mode: dict[str, dict[str, Any]] = {}
-    chosen: dict[str, dict[str, list[Answer]]] = {}
-    for mode in modes:
-        figures: dict[str, Any] = {}
-        if "loss" in suite.tasks:
-            figures["loss"] = suite.losses(model, mode, fine_iterations).as_dict()
-            figures["seconds_per_sample"] = suite.seconds_per_sample(model, mode, fine_iterations)
-        if "blank" in suite.tasks:
-            figures["blank"] = suite.losses(model, mode, fine_iterations, blank=True).as_dict()
-        for task in suite.choice:
-            answers, skipped = task.run(model, device=suite.device, mode=mode, fine_iterations=fine_iterations)
-            figures[task.name] = {**summarise(answers), "skipped": dict(skipped)}
-            chosen.setdefault(task.name, {})[mode] = answers
-        by_mode[mode] = figures
-    return {"modes": by_mode, "gaps": gaps(by_mode), "samples": sample_outputs(chosen)}
-
-
-def gaps(by_mode: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Autoregressive minus coarse→fine: loss in nats a token, accuracies as shares; empty unless both modes ran."""
-    fine, stream = by_mode.get("coarse_fine"), by_mode.get("autoregressive")
-    if not fine or not stream:
-        return {}
-    found = {}
-    if "loss" in fine:
-        found["loss"] = stream["loss"]["loss"] - fine["loss"]["loss"]
-    for task in ("slots", "multiple_choice"):
-        if fine.get(task, {}).get("overall"):
-            found[task] = stream[task]["overall"]["accuracy"] - fine[task]["overall"]["accuracy"]
-    return found
-
-
-def sample_outputs(chosen: dict[str, dict[str, list[Answer]]], most: int = 6) -> list[dict[str, Any]]:
-    """A few questions of each task, its sources in turn, with the right answer and each mode's choice."""
-    outputs = []
-    for by_mode in chosen.values():
-        by_key = {mode: {answer.question.request.key: answer.as_dict() for answer in a} for mode, a in by_mode.items()}
-        first = next(iter(by_key.values()))
-        asked = sorted(set.intersection(*(set(answers) for answers in by_key.values())))
-        for key in in_turn(asked, lambda key, first=first: first[key]["source"])[:most]:
-            record = {name: first[key][name] for name in ("key", "source", "question", "gold")}
-            outputs.append({**record, "choices": {mode: answers[key]["choice"] for mode, answers in by_key.items()}})
-    return outputs

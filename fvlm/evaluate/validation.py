@@ -10,13 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fvlm.evaluate.ranks import gather_over_ranks, sum_over_ranks, synchronize
+from fvlm.evaluate.statistics import bootstrap_interval
 from fvlm.model.packed import PackedBatch
 
 GREY = 128
@@ -42,6 +44,9 @@ class LossReport:
     composition: dict[str, dict[str, float]]
     """Source -> {"samples", "labels", "share"}; share of the set's samples."""
     skipped: dict[str, int]
+    interval: list[float] | None = None
+    """95 % interval of the loss, by bootstrap over samples; None where it was not asked for."""
+    interval_by_source: dict[str, list[float]] = field(default_factory=dict)
     seconds_per_sample: float
     """Device-seconds in the model, this report's extra figures included; `time_mode` measures the mode alone."""
 
@@ -81,6 +86,7 @@ def evaluate_losses(
     *,
     source_names: Sequence[str],
     blank: bool = False,
+    intervals: bool = False,
 ) -> LossReport:
     """Runs a validation set through the model, without gradient.
 
@@ -91,11 +97,13 @@ def evaluate_losses(
         mode, fine_iterations: as in the model's call.
         source_names: name of each `source_id`.
         blank: replace all frames by mid-grey ones, and measure the loss alone: what text and habits are worth.
+        intervals: also the losses' 95 % intervals, by bootstrap over samples.
 
     Raises:
         ValueError: the set holds no loss token, or a loss is not finite.
     """
     totals: Tensor | None = None
+    by_sample: list[Tensor] = []
     skipped: Counter = Counter()
     with evaluating(model):
         for step in loader:
@@ -103,13 +111,15 @@ def evaluate_losses(
             for batch in step.batches:
                 extras = {} if blank else {"entropy": True, "coarse_loss": mode == "coarse_fine"}
                 call = {"mode": mode, "fine_iterations": fine_iterations, **extras}
-                sums = _batch_sums(model, _blanked(batch) if blank else batch, call, len(source_names))
+                sums, samples = _batch_sums(model, _blanked(batch) if blank else batch, call, len(source_names))
+                by_sample.append(samples)
                 totals = sums if totals is None else totals + sums
     if totals is None:
         raise ValueError("evaluate_losses: the loader gave no batch; check the validation shards and their plan")
     totals = sum_over_ranks(totals).cpu()
     skipped = sum(gather_over_ranks(skipped), Counter())
-    return _report(totals, list(source_names), mode, fine_iterations, blank, skipped)
+    report = _report(totals, list(source_names), mode, fine_iterations, blank, skipped)
+    return replace(report, **_intervals(by_sample, source_names)) if intervals else report
 
 
 def time_mode(
@@ -156,13 +166,20 @@ def label_samples(batch: PackedBatch) -> Tensor:
     return torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
 
 
-def _batch_sums(model: nn.Module, batch: PackedBatch, call: Mapping[str, Any], num_sources: int) -> Tensor:
-    """float64 [4 + 4 · sources]: entropy, queries, seconds, coarse labels; by source: loss, coarse, labels, samples."""
+def _batch_sums(
+    model: nn.Module, batch: PackedBatch, call: Mapping[str, Any], num_sources: int
+) -> tuple[Tensor, Tensor]:
+    """Sums of a pack, and of its samples, all float64.
+
+    [4 + 4 · sources]: entropy, queries, seconds, coarse labels; by source: loss, coarse, labels, samples.
+    [S, 3]: source (-1 where there is no sample), loss, labels.
+    """
     start = _clock(batch)
     out = model(batch=batch, **call)
     seconds = _clock(batch) - start
     used = batch.labels >= 0
-    source = batch.source_id[label_samples(batch)][used]
+    sample = label_samples(batch)[used]
+    source = batch.source_id[sample]
     if bool((source < 0).any()) or bool((batch.source_id >= num_sources).any()):
         raise ValueError(
             f"evaluate_losses: source ids {sorted(set(batch.source_id.tolist()))} do not fit {num_sources} source_names"
@@ -179,7 +196,22 @@ def _batch_sums(model: nn.Module, batch: PackedBatch, call: Mapping[str, Any], n
         head[1] = real.sum()
     head[2] = seconds
     head[3] = used.sum() if out.coarse_logprobs is not None else 0
-    return torch.cat([head, by_source.flatten()])
+    by_sample = torch.zeros(len(batch.source_id), 3, dtype=torch.float64, device=source.device)
+    by_sample[:, 0] = batch.source_id
+    by_sample[:, 1:].index_add_(0, sample, columns[[0, 2]].T)
+    return torch.cat([head, by_source.flatten()]), by_sample
+
+
+def _intervals(by_sample: list[Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """ "interval" and "interval_by_source" from the sums of this rank's samples."""
+    own = torch.cat(by_sample).cpu().numpy()
+    rows = np.concatenate(gather_over_ranks(own[own[:, 2] > 0]))
+    rows = rows[np.lexsort(rows.T)]  # the same order on any number of ranks
+    groups = {names[source]: rows[rows[:, 0] == source] for source in np.unique(rows[:, 0]).astype(int)}
+    return {
+        "interval": list(bootstrap_interval(rows[:, 1], rows[:, 2])),
+        "interval_by_source": {name: list(bootstrap_interval(g[:, 1], g[:, 2])) for name, g in groups.items()},
+    }
 
 
 def _report(

@@ -11,19 +11,22 @@ SHAPES = ("square", "circle", "triangle", "cross", "ring", "diamond", "bar", "mo
 
 
 def logprobs(model, item, text, **call) -> tuple[torch.Tensor, list[int]]:
-    """Log-probabilities float64 [L, vocabulary] that predict each text token of a video-first or text-only chat.
+    """Log-probabilities float64 [L, vocabulary] that predict each text token of a chat with its frames in one place.
 
     The first row means nothing. Returns them with the token ids.
     """
     ids = [int(i) for part in text if isinstance(part, Text) for i in part.token_ids]
     looked_at = [i for part in text if isinstance(part, Visual) for i in part.frames]
-    assert all(isinstance(part, Text) for part in text[1:]), "video first or text only"
+    before = [part.token_ids.size for part in text[: len(text) - 1] if isinstance(part, Text)]
+    assert len(text) <= 3, "video first, question first or text only"
+    at = sum(before)
     frames = torch.from_numpy(item.read_frames()[looked_at] if looked_at else np.zeros((0, 3, 56, 56), np.uint8))
     with torch.no_grad():
-        logits = model(frames=frames[None], input_ids=torch.tensor([ids]), **call).logits[0]
+        place = {"visual_at": torch.tensor([at])}
+        logits = model(frames=frames[None], input_ids=torch.tensor([ids]), **place, **call).logits[0]
     table = torch.log_softmax(logits.double(), -1)
     shifted = torch.cat([table.new_zeros(1, table.shape[1]), table[:-1]])
-    return shifted[len(looked_at) :], ids
+    return torch.cat([shifted[:at], shifted[at + len(looked_at) :]]), ids
 
 
 def answer_places(text) -> np.ndarray:

@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from fvlm.data.chat import Layout
 from fvlm.data.errors import SampleError
 from fvlm.evaluate.multiple_choice import Answer, multiple_choice, slot_question, slots, summarise
-from fvlm.evaluate.scoring import group_requests, score
+from fvlm.evaluate.scoring import score
 from fvlm.model import build_model, tiny_config
 from tests.evaluate.reference import SHAPES, answer_logprob, answer_places, logprobs
 
@@ -23,9 +25,11 @@ def scored(model, task, **options):
     return score(model, requests, presentation=task.presentation, device="cpu", **options)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_scores_equal_one_option_at_a_time(model, tokenizer, presentation, questions, mode):
-    task = multiple_choice(questions, tokenizer, presentation)
+@pytest.mark.parametrize(
+    ("mode", "layout"), [*((mode, Layout.VIDEO_FIRST) for mode in MODES), ("coarse_fine", Layout.QUESTION_FIRST)]
+)
+def test_scores_equal_one_option_at_a_time(model, tokenizer, presentation, questions, mode, layout):
+    task = multiple_choice(questions, tokenizer, replace(presentation, layout=layout))
     scores, lost = scored(model, task, mode=mode, fine_iterations=2)
     assert not lost
     for question, found in zip(task.questions, scores, strict=True):
@@ -45,6 +49,28 @@ def test_scores_do_not_depend_on_pack_or_order(model, tokenizer, presentation, q
         np.testing.assert_allclose(a.logprob, c.logprob, atol=1e-5)
 
 
+def test_what_options_share_is_computed_once(model, tokenizer, presentation, make_item):
+    """Eight options behind a clip of 64 frames cost little more than one of them."""
+    meta = {"user": "Which shape is it?", "options": list(SHAPES), "assistant": "ring", "answer": 4}
+    (question,) = multiple_choice([make_item(30, frames=64, **meta)], tokenizer, presentation).questions
+    request = question.request
+    first = request.targets[0]
+    alone = replace(request, texts=request.texts[:1], targets=[first], num_groups=1)
+    work = []
+    for asked in (request, alone):
+        with FlopCounterMode(display=False) as counter:
+            score(model, [asked], presentation=presentation, device="cpu")
+        work.append(counter.get_total_flops())
+    assert work[0] < 1.25 * work[1]
+
+
+def test_texts_that_differ_before_their_frames_are_refused(model, tokenizer, presentation, questions):
+    first, other = (q.request for q in multiple_choice(questions[:2], tokenizer, presentation).questions)
+    mixed = replace(first, texts=[first.texts[0], other.texts[0]], targets=[first.targets[0], other.targets[0]])
+    with pytest.raises(ValueError, match="request 'item-1': its texts differ before row 4"):
+        score(model, [mixed], presentation=presentation, device="cpu")
+
+
 def test_frames_are_encoded_once_an_item(model, tokenizer, presentation, questions, monkeypatch):
     seen = []
     forward = type(model).forward
@@ -56,11 +82,15 @@ def test_frames_are_encoded_once_an_item(model, tokenizer, presentation, questio
         batch.validate()
 
 
-def test_packs_hold_to_the_budget_and_share_one_shape(model, tokenizer, presentation, questions):
-    requests = [q.request for q in multiple_choice(questions, tokenizer, presentation).questions]
-    packs = group_requests(requests, 0, 700)
-    assert [i for pack in packs for i in pack] == list(range(len(requests)))
-    assert 1 < len(packs) < len(requests)
+def test_packs_hold_to_the_budget_and_share_one_shape(model, tokenizer, presentation, questions, monkeypatch):
+    seen = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, **kw: (seen.append(kw), forward(self, **kw))[1])
+    scored(model, multiple_choice(questions, tokenizer, presentation), token_budget=220)
+    assert 1 < len(seen) < len(questions)
+    assert len({(len(call["batch"].token_ids), len(call["branches"].labels)) for call in seen}) == 1
+    for call in seen:
+        assert int(call["batch"].cu_seqlens[-1]) + len(call["branches"].token_ids) <= 220
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fvlm.data.chat import Text
 from fvlm.data.errors import SampleError
 from fvlm.data.plan import Mixture
 from fvlm.data.shard import ShardWriter, find_shards
 from fvlm.data.video import encode_jpeg
+from fvlm.evaluate import suite as suite_module
+from fvlm.evaluate.asking import Questions, evaluate_modes, gaps, ordering_table
 from fvlm.evaluate.items import in_turn
 from fvlm.evaluate.maps import load_clip
-from fvlm.evaluate.suite import MODES, build_suite, evaluate_modes, gaps, training_figures
+from fvlm.evaluate.suite import MODES, ORDERINGS, TASKS, build_suite, training_figures
 from fvlm.model import build_model, tiny_config
 from fvlm.model.base import cast_parameters
 from fvlm.schema import ConfigError
@@ -63,8 +67,8 @@ def build(folder, tokenizer, mixture=Mixture(looks=2), **options):  # noqa: B008
 
 
 def test_three_modes(folder, tokenizer, small):
-    suite = build(folder, tokenizer)
-    found = evaluate_modes(suite, small)
+    suite = build(folder, tokenizer, tasks=[task for task in TASKS if task != "captions"])
+    found = evaluate_modes(Questions(suite=suite), small)
     assert json.loads(json.dumps(found)) == found
     assert list(found["modes"]) == list(MODES)
     for figures in found["modes"].values():
@@ -74,6 +78,8 @@ def test_three_modes(folder, tokenizer, small):
         assert figures["blank"]["loss"] != figures["loss"]["loss"]
         assert figures["slots"]["overall"]["n"] == 2
         assert figures["seconds_per_sample"] > 0
+        assert figures["loss"]["interval"][0] < figures["loss"]["loss"] < figures["loss"]["interval"][1]
+        assert set(figures["loss"]["interval_by_source"]) == set(figures["loss"]["loss_by_source"])
     fine, stream = (found["modes"][mode] for mode in ("coarse_fine", "autoregressive"))
     assert found["gaps"]["loss"] == stream["loss"]["loss"] - fine["loss"]["loss"]
     assert set(found["gaps"]) == {"loss", "slots", "multiple_choice"}
@@ -108,9 +114,9 @@ def test_samples_without_room_are_counted(folder, tokenizer, small):
 def test_baseline_sees_stills_once_and_has_no_maps(folder, tokenizer):
     torch.manual_seed(0)
     baseline = build_model(tiny_config(len(tokenizer), architecture="multi_token", grid=4)).eval()
-    suite = build(folder, tokenizer, Mixture(grid=4))
+    suite = build(folder, tokenizer, Mixture(grid=4), tasks=("loss", "mc", "slots", "maps"))
     assert suite.maps(baseline, ["coarse_fine"]) == []
-    found = evaluate_modes(suite, baseline, ["coarse_fine"])
+    found = evaluate_modes(Questions(suite=suite), baseline, ["coarse_fine"])
     assert found["gaps"] == {}
     assert found["modes"]["coarse_fine"]["loss"]["loss_ratio"] is None
 
@@ -149,8 +155,10 @@ def test_bf16_weights_leave_buffers_alone(folder, tokenizer, small):
 
 
 def test_what_cannot_be_asked_is_said_before_anything_runs(folder, tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="tasks: captions unknown; expected some of loss, blank, mc, slots, maps"):
-        build(folder, tokenizer, tasks=("captions",))
+    with pytest.raises(
+        ConfigError, match="tasks: songs unknown; expected some of loss, blank, mc, slots, captions, maps"
+    ):
+        build(folder, tokenizer, tasks=("songs",))
     with ShardWriter(tmp_path, tokenizer) as writer:
         writer.write({"key": "t", "source": "s", "kind": "text", "frame_count": 0, "user": "u", "assistant": "a"}, [])
     with pytest.raises(ConfigError, match="tasks: slots was asked, and no sample of the set is answered by a list"):
@@ -158,6 +166,41 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(folder, tokenizer, tm
     assert "slots" not in build(tmp_path, tokenizer, tasks=None).tasks
     with pytest.raises(ConfigError, match=r"validation set of 12 samples: .*no sample fits"):
         build(folder, tokenizer, tokens=8)
+
+
+def test_captions_need_what_scores_them_only_where_asked_by_name(folder, tokenizer, tmp_path, monkeypatch, caplog):
+    def missing():
+        raise ConfigError("tasks: captions needs `java` on PATH")
+
+    assert {item.meta["key"] for item in build(folder, tokenizer, tasks=("captions",)).captions.items} >= {"k2", "k5"}
+    monkeypatch.setattr(suite_module, "require_caption_metrics", missing)
+    with pytest.raises(ConfigError, match="captions needs `java`"):
+        build(folder, tokenizer, tasks=("captions",))
+    with caplog.at_level("INFO"):
+        suite = build(folder, tokenizer)
+    assert "captions" not in suite.tasks
+    assert suite.captions is None
+    assert "captions left out: tasks: captions needs `java` on PATH" in caplog.text
+    with ShardWriter(tmp_path, tokenizer) as writer:
+        writer.write({"key": "t", "source": "s", "kind": "text", "frame_count": 0, "user": "u", "assistant": "a"}, [])
+    with pytest.raises(ConfigError, match="no sample of the set is answered by free text"):
+        build(tmp_path, tokenizer, tasks=("captions",))
+
+
+def test_question_first_shows_the_same_set_in_the_other_order(folder, tokenizer, small):
+    first, directed = (build(folder, tokenizer, tasks=("loss", "mc"), layout=layout) for layout in ORDERINGS.values())
+    asked = [
+        evaluate_modes(Questions(suite=suite), small, ["coarse_only", "coarse_fine"]) for suite in (first, directed)
+    ]
+    losses = [found["modes"]["coarse_fine"]["loss"] for found in asked]
+    assert losses[0]["composition"] == losses[1]["composition"]
+    assert losses[0]["loss_by_source"]["s4"] == pytest.approx(losses[1]["loss_by_source"]["s4"]), "text alone"
+    assert losses[0]["loss_by_source"]["s2"] != pytest.approx(losses[1]["loss_by_source"]["s2"], rel=1e-6)
+    assert {type(part) for part in directed.choice[0].questions[0].request.texts[0][:1]} == {Text}
+    table = ordering_table(dict(zip(ORDERINGS, (found["modes"] for found in asked), strict=True)))
+    assert [(name, ordering) for name, ordering, _ in table] == [
+        (name, ordering) for name in ("loss", "multiple_choice") for ordering in ORDERINGS
+    ]
 
 
 def test_gaps_need_both_modes():
@@ -210,4 +253,27 @@ def test_command_line(folder, tokenizer, small, repo_root, tmp_path):
     assert f"{expected:.4f}" in done.stdout
     assert {"commit", "environment", "checkpoint", "parameters"} <= set(record)
     assert record["maps_skipped"] == {}
+    assert record["complete"]
+    Image.new("RGB", (64, 64)).save(tmp_path / "pope.jpg")
+    (tmp_path / "published" / "pope").mkdir(parents=True)
+    row = {"question_id": 1, "image": str(tmp_path / "pope.jpg"), "text": "Is there a cup?", "label": "no"}
+    lines = [row, row | {"question_id": 2, "image": "nowhere.jpg"}]
+    annotations = tmp_path / "published" / "pope" / "coco_pope_random.json"
+    annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    further = ["--tokenizer", "tiny", "--tasks", "loss", "pope", "--benchmark-data", str(tmp_path / "published")]
+    both = launch(*options, *further, "--orderings", "video_first", "question_first")
+    assert both.returncode == 0, both.stderr
+    assert "goes on with" in both.stderr
+    assert "50.0% of all: 2 asked, 1 missing, 0 broken" in both.stdout or "0.0% of all: 2 asked" in both.stdout
+    assert [line.split()[:2] for line in both.stdout.splitlines() if "question_first" in line] == [
+        ["loss", "question_first"],
+        ["pope", "question_first"],
+    ]
+    again = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert again["modes"]["coarse_fine"]["loss"] == record["modes"]["coarse_fine"]["loss"], "timings would differ"
+    assert again["other_orderings"]["question_first"]["modes"]["coarse_fine"]["pope"]["overall"]["asked"] == 2
+    anew = launch(*options, "--tokenizer", "tiny", "--tasks", "loss", "--restart")
+    assert anew.returncode == 0, anew.stderr
+    restarted = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert set(restarted["modes"]["coarse_fine"]) == {"loss", "seconds_per_sample"}
     assert load_clip(tmp_path / "out" / record["maps"][0]).look_at.tolist() == [[0, 0], [1, 2], [3, 3]]

@@ -15,6 +15,7 @@ from fvlm.data.batch import LoadedSample, collate
 from fvlm.data.plan import Capacities
 from fvlm.evaluate.multiple_choice import multiple_choice
 from fvlm.evaluate.validation import evaluate_losses, label_samples, time_mode
+from fvlm.evaluate.writing import Writer
 from fvlm.model import build_model, tiny_config
 from tests.evaluate.reference import answer_logprob, answer_places
 
@@ -143,12 +144,13 @@ def test_labels_belong_to_their_samples(samples):
     assert owners == expected
 
 
-def _on_rank(rank: int, port: int, model, loader, task, results) -> None:
+def _on_rank(rank: int, port: int, model, loader, task, writer, results) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    report = evaluate_losses(model, loader[rank::2], source_names=SOURCES)
+    report = evaluate_losses(model, loader[rank::2], source_names=SOURCES, intervals=True)
+    said = writer.write(model, [question.item for question in task.questions], "cpu", "coarse_fine")
     answers, skipped = task.run(model, device="cpu", token_budget=400)
-    results[rank] = (report.as_dict(), [answer.as_dict() for answer in answers], dict(skipped))
+    results[rank] = (report.as_dict(), [answer.as_dict() for answer in answers], dict(skipped), said)
     dist.destroy_process_group()
 
 
@@ -157,15 +159,19 @@ def test_two_ranks_give_the_numbers_of_one(model, samples, questions, tokenizer,
     loader = steps(samples, [0, 1], [2], [3], [4])
     loader[1].skipped["bad_jpeg"] = 2
     task = multiple_choice(questions, tokenizer, presentation)
-    expected = evaluate_losses(model, loader, source_names=SOURCES).as_dict()
+    expected = evaluate_losses(model, loader, source_names=SOURCES, intervals=True).as_dict()
+    writer = Writer(tokenizer=tokenizer, presentation=presentation, new_tokens=5, token_budget=150)
+    written = writer.write(model, questions, "cpu", "coarse_fine")
     answers = [answer.as_dict() for answer in task.run(model, device="cpu", token_budget=400)[0]]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_on_rank, args=(unused_port, model, loader, task, results), nprocs=2)
+        mp.spawn(_on_rank, args=(unused_port, model, loader, task, writer, results), nprocs=2)
         by_rank = [results[rank] for rank in range(2)]
     expected.pop("seconds_per_sample")
-    for losses, found, skipped in by_rank:
+    for losses, found, skipped, said in by_rank:
         assert (found, skipped) == (answers, {})
+        assert said == written
         assert losses["skipped"] == {"bad_jpeg": 2}
         for name, value in expected.items():
-            assert losses[name] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), name
+            close = isinstance(value, float) or name == "interval"
+            assert losses[name] == (pytest.approx(value, rel=1e-12) if close else value), name

@@ -71,12 +71,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def answer(opened: OpenedModel, media: str, args: argparse.Namespace) -> str:
     """The model's answer about one file; raises MediaError for a file that cannot be read."""
     inputs = opened.processor(videos=media, text=args.ask).to(args.device)
-    mode = args.mode or ("coarse_only" if opened.trained_mode == "coarse_only" else "autoregressive")
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     tokens = opened.model.generate(
         **inputs,
-        mode=mode,
+        mode=args.mode or opened.default_mode,
         fine_iterations=args.fine_iterations or opened.fine_iterations,
         max_new_tokens=args.new_tokens,
         **sampling,

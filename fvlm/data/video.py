@@ -48,14 +48,15 @@ def frame_times(duration: float, max_frames: int = 64) -> np.ndarray:
     return (np.arange(count) + 0.5) * duration / count
 
 
-def read_media(path: str | Path, size: int, max_frames: int = 64) -> Media:
+def read_media(path: str | Path, size: int, max_frames: int = 64, seconds: float = math.inf) -> Media:
     """The frames of a video, animation or still, shorter side scaled to `size` pixels and centre-cropped.
 
-    A frame is the last one displayed at or before its time, counted from the first frame's.
+    A frame is the last one displayed at or before its time, counted from the first frame's. A video that takes
+    more than so many `seconds` to read is refused.
 
     Raises MediaError with reason `missing_file`, `empty_file`, `unreadable_file`, `unknown_format`, `unknown_codec`,
-    `no_video_stream`, `no_frames`, `too_many_pixels`, `too_long_frame`, `unknown_colours`, `broken_picture` or
-    `truncated_picture`.
+    `no_video_stream`, `no_frames`, `too_many_pixels`, `too_long_frame`, `unknown_colours`, `broken_picture`,
+    `truncated_picture` or `too_slow`.
     """
     path = Path(path)
     if not os.path.isfile(path):  # not Path's, which fails on a name that is too long
@@ -67,7 +68,7 @@ def read_media(path: str | Path, size: int, max_frames: int = 64) -> Media:
     except OSError as error:
         raise MediaError("unreadable_file", f"{path}: {error}") from error
     if picture is None:
-        return read_video(path, size, max_frames)
+        return read_video(path, size, max_frames, seconds)
     with picture:
         frames, seconds = read_picture(picture, size, lambda duration: frame_times(duration, max_frames))
     return Media(frames, seconds or 0.0, "image" if seconds is None else "video")

@@ -29,6 +29,11 @@ class OpenedModel:
         return self.checkpoint.config.train.mode if self.checkpoint.config else None
 
     @property
+    def default_mode(self) -> str:
+        """How it looks where nobody says: as deployed, or by the one query that its run trained."""
+        return "coarse_only" if self.trained_mode == "coarse_only" else "autoregressive"
+
+    @property
     def fine_iterations(self) -> int:
         """Fine passes that its run began with, else 1."""
         return self.checkpoint.config.train.fine_iterations[0] if self.checkpoint.config else 1

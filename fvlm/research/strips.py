@@ -52,23 +52,33 @@ def _frame(
 ) -> None:
     """Draws one frame (uint8 [H, W, 3]), under its `heat` ([patches] shares, `top` the brightest), with its box."""
     height, width = frame.shape[:2]
-    extent = (0, width, height, 0)
     axes.set_xticks([])
     axes.set_yticks([])
-    if heat is None:
-        axes.imshow(frame, extent=extent)
-    else:
-        axes.imshow(0.6 * frame.mean(-1), extent=extent, cmap="gray", vmin=0, vmax=255)  # colour is left to the heat
-        side = grid_side(len(heat))
-        shares = np.minimum(heat.reshape(side, side) / top, 1)
-        # The more a patch is looked at, the more its heat covers it; elsewhere the frame stays readable.
-        axes.imshow(shares, extent=extent, cmap="inferno", alpha=0.8 * shares, vmin=0, vmax=1, interpolation="nearest")
+    draw_look(axes, frame, (0, width, height, 0), heat, top)
     if look_at[0] >= 0:
         box = (width / cells, height / cells)
         corner = (look_at[1] * box[0], look_at[0] * box[1])
         # White under cyan: the box stays visible on dark and on light, with and without colour vision.
         axes.add_patch(Rectangle(corner, *box, fill=False, edgecolor="white", linewidth=2.6))
         axes.add_patch(Rectangle(corner, *box, fill=False, edgecolor="#00B8D4", linewidth=1.3))
+
+
+def draw_look(
+    axes: Axes,
+    frame: np.ndarray,
+    extent: tuple[float, float, float, float],
+    heat: np.ndarray | None = None,
+    top: float = 1.0,
+) -> None:
+    """A frame (uint8 [H, W, 3]) at `extent`; grey under its `heat` ([patches] shares, `top` the brightest), if any."""
+    if heat is None:
+        axes.imshow(frame, extent=extent)
+        return
+    axes.imshow(0.6 * frame.mean(-1), extent=extent, cmap="gray", vmin=0, vmax=255)  # colour is left to the heat
+    side = grid_side(len(heat))
+    shares = np.minimum(heat.reshape(side, side) / top, 1)
+    # The more a patch is looked at, the more its heat covers it; elsewhere the frame stays readable.
+    axes.imshow(shares, extent=extent, cmap="inferno", alpha=0.8 * shares, vmin=0, vmax=1, interpolation="nearest")
 
 
 def _caption(clip: ClipMaps) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -106,7 +105,7 @@ def start_ranks() -> World:
     for key, value in defaults.items():
         os.environ.setdefault(key, str(value))
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = "0"  # of a single rank: whichever is free
 
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
@@ -365,9 +364,3 @@ def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
 def _named_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[tuple[str, nn.Parameter]]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [[(names[id(p)], p) for p in group["params"]] for group in optimizer.param_groups]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

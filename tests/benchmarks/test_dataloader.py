@@ -98,6 +98,7 @@ def test_a_process_that_fails_ends_the_run_with_a_message(tmp_path, monkeypatch,
     assert not (tmp_path / "none.json").exists()
 
 
+@pytest.mark.slow
 def test_a_short_soak_writes_its_memory(tmp_path):
     file = tmp_path / "soak.json"
     main(["--samples", "512", "--size", "32", "--soak", "4", "--workers", "1", "--json", str(file)])

@@ -25,6 +25,7 @@ def test_published_scores_are_reproduced(shared_fixtures):
         assert found[ours] == pytest.approx(published[theirs], abs=2e-6), ours
 
 
+@pytest.mark.slow
 @needs_java
 def test_texts_that_trip_the_tools_are_scored_and_keep_their_places():
     truths = ["a red ball rolls", "two dogs run in snow", "the cat sleeps", "a man cooks soup", "rain on a roof"]

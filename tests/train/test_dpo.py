@@ -148,6 +148,7 @@ def test_a_toy_set_is_learned_to_more_than_95_percent(preferences, tmp_path):
     assert np.mean([record["reward_margin"] for record in last]) > 0
 
 
+@pytest.mark.slow
 def test_one_and_two_ranks_and_every_stage_give_the_same_curve(preferences, tmp_path):
     """fp32, 1e-4 relative on the loss and 1e-4 absolute on rewards; other sums in another order."""
     curves = {}
@@ -193,6 +194,7 @@ def test_killed_and_started_again_equals_undisturbed(preferences, tmp_path):
     assert json.dumps(killed) == json.dumps(whole)
 
 
+@pytest.mark.slow
 def test_validation_pairs_are_judged_beside_the_reference(preferences, tmp_path):
     """Two ranks against the formula, pair by pair, with a reference and a trained model in memory; fp32, 1e-4."""
     run(arguments(preferences, tmp_path, *DPO, *validated(preferences), "train.total_samples=240"), world_size=2)

@@ -112,7 +112,13 @@ TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}
 """Relative, on losses and gradient norms: other ranks sum in another order, and bf16 has eight bits."""
 
 
-@pytest.fixture(scope="module", params=[(1, SHIFTED), (4, SHIFTED)], ids=["one rank", "four ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((1, SHIFTED), id="one rank"),
+        pytest.param((4, SHIFTED), id="four ranks", marks=pytest.mark.slow),
+    ],
+)
 def resumed(request, saved, tmp_path_factory):
     """(cases, folder of what other ranks saved right after loading, their results by rank)."""
     ranks, cases = request.param

@@ -229,6 +229,7 @@ def newest(out: Path) -> Path:
     return out / "checkpoints" / (out / "checkpoints" / "latest").read_text().strip()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_adapters_bit_for_bit(runs):
     assert step_records(runs / "cut") == step_records(runs / "whole")
     files = ["engine/base.safetensors", "engine/rank-00000.safetensors", "weights/model.safetensors"]

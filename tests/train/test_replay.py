@@ -77,6 +77,7 @@ def command(*options: str) -> tuple[int, str]:
     return codes[0], printed
 
 
+@pytest.mark.slow
 def test_the_command_shows_and_saves(shards, tmp_path):
     out, saved, report = tmp_path / "run", tmp_path / "gradients.safetensors", tmp_path / "step.json"
     run(arguments(shards, out, *SHORT, "train.total_samples=60"), launched=False)

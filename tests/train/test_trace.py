@@ -102,7 +102,7 @@ def run_trace(world: World, zeros: list[str]) -> dict:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_four_steps_are_plain_torchs_to_a_millionth(ranks):
     """Losses and norms 1e-6 relative, weights 1e-6 absolute (they are of order 1), after each of the steps."""
     expected = plain_trace()

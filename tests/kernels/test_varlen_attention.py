@@ -115,6 +115,7 @@ def test_both_back_ends_agree_on_any_lengths(lengths, tail, unused):
         )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 70), max_size=4),

@@ -159,7 +159,7 @@ def run_halves(world: World, zero: str, folder: Path) -> tuple[dict, dict]:
     return weights(whole, folder / "whole"), weights(second, folder / "second")
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero2_offload", "zero3"])
+@pytest.mark.parametrize("zero", [pytest.param("zero0", marks=pytest.mark.slow), "zero2", "zero2_offload", "zero3"])
 def test_resumed_equals_uninterrupted_bit_for_bit(zero, tmp_path):
     for whole, resumed in run_ranks(run_halves, 2, zero, tmp_path):
         for name, value in whole.items():

@@ -20,6 +20,7 @@ $(BIN)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH)  # first and alone: an open range would fetch another build
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps lmms-eval  # what it asks for excludes packages of ours
 	@touch $@
 
 install: $(BIN)/.installed  ## make .venv and install everything into it

@@ -6,6 +6,9 @@ from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
 
+# what lmms-eval imports to run a task; itself it asks for others that exclude these (docs/evaluation.md)
+LMMS = ["accelerate", "datasets", "evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"]
+
 setup(
     name="fvlm",
     version="0.1.0",
@@ -52,11 +55,14 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=7",
             "gradio>=6",
+            *LMMS,
         ],
         "gpu": ["triton>=3.6"],
         "ray": ["ray>=2.60"],
         "lora": ["peft>=0.18"],
         "eval": ["pycocoevalcap>=1.2"],
         "demo": ["gradio>=6"],
+        "lmms": LMMS,
     },
+    entry_points={"lmms_eval.models": ["fvlm = fvlm.hub.lmms_eval:manifest"]},
 )

@@ -3,7 +3,8 @@
 python launch/demo.py --model runs/demo
 python launch/demo.py --model exported/demo --port 7861 --seconds 300
 
-The page is served to this machine alone (127.0.0.1) until Ctrl-C. From elsewhere: ssh -L 7860:127.0.0.1:7860 HOST.
+The page is served to this machine alone (127.0.0.1) until Ctrl-C or SIGTERM.
+From elsewhere: ssh -L 7860:127.0.0.1:7860 HOST.
 A dropped file is deleted once its frames were read. The page needs Gradio: pip install -e '.[demo]'.
 
 Exit code 0: stopped, 1: failed, 2: wrong usage or configuration.
@@ -12,6 +13,7 @@ Exit code 0: stopped, 1: failed, 2: wrong usage or configuration.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"demo: {error}; the page needs Gradio: pip install -e '.[demo]'", file=sys.stderr, flush=True)
         return 1
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: uploads are deleted
     try:
         viewer = Viewer(open_model(args.model, args.tokenizer), args.device, args.seconds)
         with served(viewer, f"`{args.model}`", args.port) as address:
@@ -58,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"demo: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fvlm.evaluate.statistics import bootstrap_interval
 from fvlm.schema import ConfigError
 
+logger = logging.getLogger(__name__)
 NOTHING = "nothingwassaid"
 """What an empty caption is scored as: one word that no reference has."""
 
@@ -49,6 +54,7 @@ def caption_figures(
     Raises:
         ConfigError: no pycocoevalcap or no Java.
         ValueError: no clips, or a clip without a reference.
+        RuntimeError: the tokenizer failed; with what it said.
     """
     if not captions or len(captions) != len(references) or not all(references):
         raise ValueError(
@@ -58,13 +64,11 @@ def caption_figures(
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     said = [_one_line(text) for text in captions]
-    hypotheses = {clip: [{"caption": text or NOTHING}] for clip, text in enumerate(said)}
-    truths = {clip: [{"caption": _one_line(x) or NOTHING} for x in texts] for clip, texts in enumerate(references)}
+    hypotheses = _nothing_left(_tokenized([[text] for text in said]))
+    truths = _tokenized([[_one_line(text) for text in texts] for texts in references])
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints its lengths
-        hypotheses, truths = _nothing_left(PTBTokenizer().tokenize(hypotheses)), PTBTokenizer().tokenize(truths)
         _, by_clip = Cider().compute_score(truths, hypotheses)
         meteor = Meteor()  # a process that serves any number of sets
 
@@ -92,6 +96,31 @@ def caption_figures(
 def _one_line(text: str) -> str:
     """The tokenizer reads a caption a line, METEOR splits at bars."""
     return " ".join(text.replace("|", " ").split())
+
+
+def _tokenized(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    """Lower-case words of each clip's texts, without punctuation.
+
+    The package's own call of its Java program lets that talk on the terminal, and does not notice when it fails.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer as ptb
+
+    lines = [text or NOTHING for each in texts for text in each]
+    with tempfile.TemporaryDirectory(prefix="fvlm-captions-") as folder:
+        file = Path(folder) / "lines.txt"
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        command = ["java", "-cp", str(Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR))]
+        command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", str(file)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    logger.debug("the caption tokenizer: %s", done.stderr.strip())
+    found = done.stdout.removesuffix("\n").split("\n")
+    if done.returncode or len(found) != len(lines):
+        raise RuntimeError(
+            f"the caption tokenizer gave {len(found)} of {len(lines)} lines, exit code {done.returncode}: "
+            f"{done.stderr.strip()}"
+        )
+    words = (" ".join(word for word in line.split() if word not in ptb.PUNCTUATIONS) for line in found)
+    return {clip: [next(words) for _ in each] for clip, each in enumerate(texts)}
 
 
 def _nothing_left(tokenized: Mapping[int, list[str]]) -> dict[int, list[str]]:

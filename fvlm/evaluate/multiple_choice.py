@@ -176,9 +176,16 @@ def option_question(item: Item, tokenizer: PreTrainedTokenizerBase, presentation
         raise SampleError(
             "bad_options", f"{len(options)} options, answer {answer!r}: expected an index into two or more"
         )
-    texts = [presentation.segments({**meta, "assistant": option}, tokenizer) for option in options]
+    return Question(item, tuple(options), (answer,), option_request(item, options, tokenizer, presentation))
+
+
+def option_request(
+    item: Item, options: Sequence[str], tokenizer: PreTrainedTokenizerBase, presentation: Presentation
+) -> Request:
+    """Each option as the whole answer, a group each; raises SampleError where the text cannot be laid out."""
+    texts = [presentation.segments({**item.meta, "assistant": option}, tokenizer) for option in options]
     targets = [answer_targets(text, group) for group, text in enumerate(texts)]
-    return Question(item, tuple(options), (answer,), _request(item, texts, targets, len(options)))
+    return _request(item, texts, targets, len(options))
 
 
 def slot_question(

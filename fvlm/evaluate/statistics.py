@@ -75,6 +75,30 @@ def accuracy_figures(
     return {"accuracy": accuracy, "n": n, "chance": chance, "low": low, "high": high, "flags": flags}
 
 
+def yes_no_figures(said: Sequence[bool], right: Sequence[bool]) -> dict[str, float | None]:
+    """How well "yes" finds what is there: {"precision", "recall", "f1", "yes"}; None where the share is of nothing.
+
+    Args:
+        said: whether "yes" was answered, a question; an answer that is neither is no "yes".
+        right: whether "yes" is right.
+
+    Returns:
+        Shares: right ones among the yeses, found ones among what is there, their harmonic mean, yeses among all.
+    """
+    found = sum(a and b for a, b in zip(said, right, strict=True))
+    yes, there = sum(said), sum(right)
+
+    def share(part: float, whole: float) -> float | None:
+        return part / whole if whole else None
+
+    return {
+        "precision": share(found, yes),
+        "recall": share(found, there),
+        "f1": share(2 * found, yes + there),
+        "yes": share(yes, len(said)),
+    }
+
+
 def degenerate_flags(choices: Sequence[Any], answers: Sequence[Any]) -> list[str]:
     """["always answers X"] where ten or more choices are all X although the right answers differ."""
     given = Counter(choices)

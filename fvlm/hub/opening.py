@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fvlm.data.chat import load_tokenizer
+from fvlm.data.chat import Layout, load_tokenizer
 from fvlm.evaluate.checkpoint import Checkpoint, open_checkpoint
+from fvlm.evaluate.items import Presentation
 from fvlm.hub.processing import FoveatedProcessor
 from fvlm.model import FoveatedConfig, FoveatedVLM, MultiTokenVLM
 from fvlm.research.records import RunRecords, read_run
@@ -37,6 +38,18 @@ class OpenedModel:
     def fine_iterations(self) -> int:
         """Fine passes that its run began with, else 1."""
         return self.checkpoint.config.train.fine_iterations[0] if self.checkpoint.config else 1
+
+    @property
+    def presentation(self) -> Presentation:
+        """How evaluation lays samples out, as the processor does."""
+        processor, mixture = self.processor, self.checkpoint.mixture
+        return Presentation(
+            image_size=processor.frame_size,
+            layout=Layout.QUESTION_FIRST if processor.question_first else Layout.VIDEO_FIRST,
+            looks=processor.looks * mixture.tokens_per_frame,
+            tokens_per_frame=mixture.tokens_per_frame,
+            grid=mixture.grid,
+        )
 
 
 def open_model(name: str, tokenizer: str | None = None) -> OpenedModel:

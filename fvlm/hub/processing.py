@@ -170,7 +170,7 @@ class FoveatedProcessor(ProcessorMixin):
         """uint8 [n, size, size, 3] of a chat's media; raises MediaError."""
         if not media:
             return np.zeros((0, self.frame_size, self.frame_size, 3), np.uint8)
-        read = [self._read(medium) for medium in media]
+        read = [self.read(medium) for medium in media]
         if len(read) == 1:
             frames, is_still = read[0]
             return np.repeat(frames, self.looks, axis=0) if is_still else frames
@@ -178,8 +178,11 @@ class FoveatedProcessor(ProcessorMixin):
             raise ValueError("media: expected one video, or any number of stills, in a chat")
         return np.concatenate([frames for frames, _ in read])
 
-    def _read(self, medium: Any) -> tuple[np.ndarray, bool]:
-        """Frames, and whether they are a still."""
+    def read(self, medium: Any) -> tuple[np.ndarray, bool]:
+        """Frames uint8 [n, size, size, 3] of what `__call__` takes as one medium, and whether they are a still.
+
+        Raises MediaError (a ValueError) for a file that cannot be read, and ValueError for what is no medium.
+        """
         if isinstance(medium, (str, Path)):
             found = read_media(medium, self.frame_size, self.max_frames)
             return found.frames, found.kind == "image"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ from .padded import pack_padded
 
 MODES = ("coarse_fine", "coarse_only", "autoregressive")
 CONNECTOR = ("q_static", "q_init", "dino_to_llm.", "llm_to_query.", "encoder.query_", "encoder.output_proj.")
+ATTENTION = f"fvlm-{crc32(__name__.encode()):08x}"
+"""Name of the attention below; an exported folder's copy of this module has another, so that each keeps its own."""
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -65,7 +68,7 @@ def _attention(module, query, key, value, attention_mask, cu_seqlens=None, max_s
     return varlen_attention(*rows, cu_seqlens, max_seqlen).unsqueeze(0), None
 
 
-AttentionInterface.register("fvlm", _attention)
+AttentionInterface.register(ATTENTION, _attention)
 
 
 def _decode(layer: nn.Module, rows: Tensor, positions: tuple, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -128,7 +131,7 @@ class VisionLanguageModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = FoveatedEncoder(config, dino)
         self.llm = llm if llm is not None else LlamaForCausalLM(config.llm_config)
-        self.llm.config._attn_implementation = "fvlm"
+        self.llm.config._attn_implementation = ATTENTION
         self.dino_to_llm = nn.Linear(config.vision_config.hidden_size, config.llm_config.hidden_size)
         self._decode = _decode
         self.compiled = False

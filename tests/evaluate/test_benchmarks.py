@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,21 @@ def test_pope_asks_yes_or_no(tmp_path, opened, small):
     assert found["overall"]["missing"] == 1
     assert found["not_asked"] == {"bad_answer": 1}
     assert benchmark.questions[0].item.meta["kind"] == "image"
+    answers, skipped = benchmark.run(small, device="cpu")
+    said = [dataclasses.replace(answer, choices=(choice,)) for answer, choice in zip(answers, (0, -1, 0), strict=True)]
+    right = [answer.question.answers for answer in answers]
+    assert right == [(1,), (0,), (1,)]  # the first file's question, then two of the second's
+    overall = benchmark.figures(said, skipped)["overall"]
+    assert {name: overall[name] for name in ("precision", "recall", "f1", "yes")} == {
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+        "yes": pytest.approx(2 / 3),
+    }
+    said = [dataclasses.replace(answer, choices=(0,)) for answer in answers]
+    by_split = benchmark.figures(said, skipped)["by_task"]
+    assert [by_split["random"][name] for name in ("precision", "recall", "yes")] == [0.5, 1.0, 1.0]
+    assert by_split["random"]["f1"] == pytest.approx(2 / 3)
 
 
 def test_scienceqa_with_and_without_pictures(tmp_path, opened, small):

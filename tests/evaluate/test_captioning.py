@@ -46,6 +46,32 @@ def test_one_caption_for_everything_is_flagged():
     assert found["flags"] == ["always says 'a video'"]
 
 
+@pytest.mark.slow
+@needs_java
+def test_words_are_the_packages_own(capfd):
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    texts = [["A man's dog; isn't it?", "Two (2) cats -- 'here'."], ["Café on the rue…"], ["#hash  3.5% @you"], ["…"]]
+    theirs = PTBTokenizer().tokenize({n: [{"caption": text} for text in each] for n, each in enumerate(texts)})
+    assert "tokenized" in capfd.readouterr().err
+    assert captioning._tokenized(texts) == theirs
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_that_fails_is_said(tmp_path, monkeypatch):
+    pytest.importorskip("pycocoevalcap", reason="no pycocoevalcap: pip install -e '.[eval]'")
+    java = tmp_path / "java"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for script, said in (
+        ("echo no such class >&2; exit 1", "exit code 1: no such class"),
+        ("echo one", "1 of 2 lines, exit code 0"),
+    ):
+        java.write_text(f"#!/bin/sh\n{script}\n")
+        java.chmod(0o755)
+        with pytest.raises(RuntimeError, match=said):
+            caption_figures(["x", "y"], [["y"], ["z"]])
+
+
 def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(ValueError, match="1 captions, 0 references"):
         caption_figures(["x"], [])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
-from fvlm.evaluate.statistics import Z_95, accuracy_figures, degenerate_flags, wilson_interval
+from fvlm.evaluate.statistics import Z_95, accuracy_figures, degenerate_flags, wilson_interval, yes_no_figures
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,27 @@ def test_one_answer_is_no_sign_where_it_is_always_right_or_rarely_asked():
 def test_figures_of_nothing_are_an_error():
     with pytest.raises(ValueError, match="no items"):
         accuracy_figures([], [], [], [])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_finding_things_against_counting_them(seed):
+    rng = random.Random(seed)
+    said = [rng.random() < 0.7 for _ in range(30)]
+    right = [rng.random() < 0.5 for _ in range(30)]
+    pairs = list(zip(said, right, strict=True))
+    hits, false_alarms, misses = (pairs.count(pair) for pair in ((True, True), (True, False), (False, True)))
+    precision, recall = hits / (hits + false_alarms), hits / (hits + misses)
+    assert yes_no_figures(said, right) == pytest.approx(
+        {
+            "precision": precision,
+            "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall),
+            "yes": (hits + false_alarms) / 30,
+        }
+    )
+
+
+def test_a_share_of_nothing_is_none():
+    assert yes_no_figures([False, False], [True, False]) == {"precision": None, "recall": 0.0, "f1": 0.0, "yes": 0.0}
+    assert yes_no_figures([True], [False]) == {"precision": 0.0, "recall": None, "f1": 0.0, "yes": 1.0}
+    assert yes_no_figures([], []) == dict.fromkeys(("precision", "recall", "f1", "yes"))

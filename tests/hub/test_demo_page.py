@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import signal
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,21 @@ def test_the_command_serves_until_it_is_interrupted(exported, clip, monkeypatch,
     monkeypatch.setattr("launch.demo.threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=visited)))
     assert demo(["--model", str(exported), "--device", "cpu"]) == 0
     assert abouts == ["clip.mp4: a video of 4.0 s, 4 frames of it looked at"]
+
+
+def test_ended_by_a_signal_it_leaves_no_folder(exported, monkeypatch):
+    folders = []
+
+    def ended() -> None:
+        folders.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+        assert folders[0].is_dir()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("launch.demo.threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=ended)))
+    assert demo(["--model", str(exported), "--device", "cpu"]) == 0
+    assert not folders[0].exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_only_this_machine_is_served_and_nothing_is_left(viewer, clip):

@@ -6,8 +6,10 @@ import ast
 import importlib
 import re
 import sys
+from copy import deepcopy
 
 import pytest
+import torch
 
 from fvlm.hub.flatten import AT_HAND, flatten
 
@@ -84,7 +86,7 @@ def test_only_what_is_needed_is_there(files):
     assert "FVLM_KERNELS" not in "".join(files.values())
     assert "simplejpeg" not in files["data_video.py"]
     assert "def read_media" in files["data_video.py"]
-    assert 'AttentionInterface.register("fvlm", _attention)' in files["model_base.py"]
+    assert "AttentionInterface.register(ATTENTION, _attention)" in files["model_base.py"]
     assert "Image.init()" in files["data_picture.py"]
 
 
@@ -138,3 +140,32 @@ def test_flat_files_compute_what_the_modules_do(tmp_path, monkeypatch):
         (tmp_path / "flat_package" / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     assert importlib.import_module("flat_package.one").f() == ("é", 2, "deep", 5)
+
+
+def test_beside_a_copy_of_it_the_product_keeps_its_own_attention(files, model, tmp_path, monkeypatch):
+    """Whoever exports and loads the folder in one process: transformers looks the attention up by its name."""
+    (tmp_path / "exported_copy").mkdir()
+    for name, text in {"__init__.py": "", **files}.items():
+        (tmp_path / "exported_copy" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    stranger = importlib.import_module("exported_copy.modeling_fvlm").FoveatedModel(deepcopy(model.config)).eval()
+    stranger.load_state_dict(model.state_dict())
+    used = []
+
+    def watch(name: str) -> None:
+        module = importlib.import_module(name)
+        attend = module.varlen_attention
+        monkeypatch.setattr(module, "varlen_attention", lambda *rows: used.append(name) or attend(*rows))
+
+    modules = {"fvlm.model.base": model, "exported_copy.model_base": stranger}
+    for name in modules:
+        watch(name)
+    torch.manual_seed(0)
+    inputs = {"frames": torch.rand(1, 2, 3, 56, 56), "input_ids": torch.randint(3, 800, (1, 5))}
+    logits = []
+    for name, each in modules.items():
+        used.clear()
+        with torch.no_grad():
+            logits.append(each(**inputs).logits)
+        assert set(used) == {name}
+    torch.testing.assert_close(*logits)

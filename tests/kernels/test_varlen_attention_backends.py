@@ -13,9 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import fvlm.model  # noqa: F401 (registers the attention that Llama is asked to use)
 from fvlm.kernels.varlen_attention import flash, varlen_attention
 from fvlm.kernels.varlen_attention.reference import varlen_attention_reference
+from fvlm.model.base import ATTENTION
 from tests.kernels.checks import assert_close, backward_tolerance, device_for_triton, forward_tolerance, in_dtype
 from tests.kernels.test_varlen_attention import assert_equal_bits, bounds, inputs, leaves, run
 
@@ -237,7 +237,7 @@ def test_llama_says_the_same_with_either_back_end(monkeypatch):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation="fvlm",
+        attn_implementation=ATTENTION,
     )
     llama = LlamaForCausalLM(config).to(device).eval()
     tokens = torch.randint(31, (1, 20), device=device)

@@ -18,10 +18,13 @@ from fvlm.data.errors import MediaError, SampleError
 from fvlm.evaluate.benchmarks import media
 from fvlm.evaluate.items import Item, Presentation
 from fvlm.evaluate.multiple_choice import Answer, ChoiceTask, Question, choice_figures, option_question
+from fvlm.evaluate.statistics import yes_no_figures
 
 logger = logging.getLogger(__name__)
 ASK = "Answer with the text of the right option."
 MISSING = "missing_file"
+YES_NO = ("Yes", "No")
+"""Options of a question whose yes finds something: of these there are precision and recall, too."""
 NAMED = 5
 """Questions named in the log for each reason; all are counted."""
 
@@ -59,7 +62,7 @@ class Benchmark(ChoiceTask):
         """{"overall", "by_<group>" …, "by_source", "skipped", "not_asked", "prompt"}.
 
         "accuracy" and its interval are over the questions answered; beside it "asked", "missing", "broken" and
-        "accuracy_of_asked", in which a question without an answer is wrong.
+        "accuracy_of_asked", in which a question without an answer is wrong; of yes or no, `yes_no_figures`, too.
         """
         by_key = {answer.question.request.key: answer for answer in answers}
         names = list(dict.fromkeys(name for row in self.rows for name in row.groups))
@@ -79,8 +82,13 @@ class Benchmark(ChoiceTask):
         answered = [answers[row.key] for row in rows if row.key in answers]
         missing = sum(row.key in self.missing for row in rows)
         right = sum(answer.correct for answer in answered)
+        figures = choice_figures(answered)
+        if answered and all(row.options == YES_NO for row in rows):
+            yes = YES_NO.index("Yes")
+            said, there = [a.choices == (yes,) for a in answered], [a.question.answers == (yes,) for a in answered]
+            figures |= yes_no_figures(said, there)
         return {
-            **choice_figures(answered),
+            **figures,
             "asked": len(rows),
             "missing": missing,
             "broken": len(rows) - missing - len(answered),

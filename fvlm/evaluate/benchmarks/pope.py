@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fvlm.data.errors import SampleError
-from fvlm.evaluate.benchmarks.base import Row, first_there, text_field
+from fvlm.evaluate.benchmarks.base import YES_NO, Row, first_there, text_field
 from fvlm.evaluate.benchmarks.media import ClipFile
 from fvlm.evaluate.benchmarks.reading import read_rows, to_rows
 from fvlm.schema import ConfigError
-
-OPTIONS = ("Yes", "No")
 
 
 def read(folder: Path) -> tuple[list[Row], Counter]:
@@ -29,13 +27,13 @@ def read(folder: Path) -> tuple[list[Row], Counter]:
 
 def _row(row: Mapping, folder: Path, split: str) -> Row:
     label, image = text_field(row, "label").strip().capitalize(), text_field(row, "image")
-    if label not in OPTIONS:
+    if label not in YES_NO:
         raise SampleError("bad_answer", f"label {label!r}: expected yes or no")
     return Row(
         key=f"{split}-{text_field(row, 'question_id')}",
         prompt=f"{text_field(row, 'text').strip()}\nAnswer yes or no.",
-        options=OPTIONS,
-        answer=OPTIONS.index(label),
+        options=YES_NO,
+        answer=YES_NO.index(label),
         groups={"task": split},
         clip=ClipFile(path=first_there(folder, f"images/{image}", f"val2014/{image}", image)),
         lettered=False,

@@ -86,6 +86,17 @@ def _follow(dealer: Dealer, level: Level, kind: str, first: Combination, *, cued
     return Draft("video", tuple(scenes), rows)
 
 
+def preference(dealer: Dealer, level: Level) -> Draft:
+    """A cue clip with two lists to choose from: the right one, and one with other shapes for some frames."""
+    made = cue(dealer, level)
+    told, right = made.rows[0], made.rows[0]["assistant"].split()
+    wrong = set(dealer.sample(range(len(right)), dealer.randrange(1, len(right) + 1)))
+    said = [dealer.choice([s for s in SHAPES if s != word]) if i in wrong else word for i, word in enumerate(right)]
+    kept = {name: told[name] for name in ("user", "look_at", "tags") if name in told}
+    pair = {"source": "synthetic/preference", **kept, "chosen": told["assistant"], "rejected": " ".join(said)}
+    return Draft("video", made.scenes, [pair])
+
+
 def relay(dealer: Dealer, level: Level) -> Draft:
     """The arrow at the current place points to the next one, among arrows that do not matter: where does it end?"""
     background, cell = dealer.choice(GREYS), dealer.choice(CELLS)
@@ -241,6 +252,7 @@ def text(dealer: Dealer, level: Level) -> Draft:
 
 
 FAMILIES: dict[str, Callable[[Dealer, Level], Draft]] = {
-    each.__name__: each for each in (cue, cue_shape, cue_place, tracking, relay, ask, caption, still, images, text)
+    each.__name__: each
+    for each in (cue, cue_shape, cue_place, preference, tracking, relay, ask, caption, still, images, text)
 }
 """Every family by name. Its rows have source "synthetic/<name>", multiple choice of the cue families "<name>_mc"."""

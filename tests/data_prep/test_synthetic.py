@@ -22,6 +22,7 @@ from data_prep.synthetic.questions import vocabulary
 from fvlm.data.chat import load_tokenizer
 from fvlm.data.video import decode_jpeg, encode_jpeg, read_media
 
+ANSWERS = ("assistant", "chosen", "rejected")
 EVERY = dict.fromkeys(FAMILIES, 1.0)
 
 
@@ -137,6 +138,20 @@ def test_answers_are_in_the_pictures(family, difficulty):
                     assert answers[-1] in row["narration"][-1] or row["source"].endswith("_mc")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_preferences_are_between_the_answer_and_another(split):
+    for made in drafts("preference", split, 60):
+        [row] = made.rows
+        answers, followed = cue_oracle(made.scenes, row)
+        assert row["chosen"].split() == answers
+        assert row["look_at"] == [[round(t.row), round(t.column)] for t in followed]
+        said = row["rejected"].split()
+        assert len(said) == len(answers)
+        assert set(said) <= set(SHAPES)
+        assert said != answers
+        assert "assistant" not in row
+
+
 def test_captions_say_what_is_shown():
     for made in drafts("caption"):
         first, second = made.scenes[0].things
@@ -215,7 +230,12 @@ def test_every_word_is_short_and_known():
     for family in FAMILIES:
         for made in drafts(family, "val", 40):
             for row in made.rows:
-                said = [row["user"], row["assistant"], *row.get("narration", []), *row.get("options", [])]
+                said = [
+                    row["user"],
+                    *(row[name] for name in ANSWERS if name in row),
+                    *row.get("narration", []),
+                    *row.get("options", []),
+                ]
                 assert set(re.findall(r"[A-Za-z]+", " ".join(said))) <= words
     known = [word for word in words if word.islower()]
     assert [word for word in known if len(tokenizer.encode(f" {word}", add_special_tokens=False)) != 1] == []

@@ -14,27 +14,23 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
-import os
-import socket
 import sys
 import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
 from tqdm import trange
 
 from benchmarks.environment import RESULTS, fail, markdown_table, record, write_json
+from benchmarks.ranks import run_ranks
 from fvlm.config import load_config
 from fvlm.data.capacities import Capacities
 from fvlm.model import FoveatedConfig, build_model, tiny_config
 from fvlm.model.configuration import PRESETS, preset_config
 from fvlm.model.packed import PackedBatch
-from fvlm.train.engine import Engine, World, start_ranks, stop_ranks
+from fvlm.train.engine import Engine, World
 from fvlm.train.gpus import GIB
 from fvlm.train.live_memory import LiveMemory
 from fvlm.train.planner import predict
@@ -128,6 +124,9 @@ class Gauge:
 
 def measure(world: World, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Phase, or `held` between steps → bytes, of all steps but the first, in which things are allocated; and `done`."""
+    if args.limit is not None and world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.limit * GIB / total, world.device)
     train = load_config("tiny_test").train
     shares = CheckpointingConfig(encoder=args.checkpointing, llm=args.checkpointing)
     packs = args.packs * world.size
@@ -199,23 +198,6 @@ def components(measured: dict[str, float], peak: float, predicted: dict[str, flo
     return rows
 
 
-def _rank(rank: int, args: argparse.Namespace, port: int, results: Any) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.ranks, "LOCAL_WORLD_SIZE": args.ranks}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.disable(logging.WARNING)
-    world = start_ranks()
-    if args.limit is not None and world.device.type == "cuda":
-        total = torch.cuda.get_device_properties(world.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.limit * GIB / total, world.device)
-    phases = measure(world, args)
-    if world.is_main:
-        results.put(phases)
-    stop_ranks()
-
-
 def main() -> int:
     """Measure on ranks of our own, predict, print, write."""
     args = parse()
@@ -225,15 +207,10 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     on_gpu = torch.cuda.is_available()
     dtype = args.dtype or ("bf16" if on_gpu else "fp32")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    results = multiprocessing.get_context("spawn").SimpleQueue()
     try:
-        multiprocessing.spawn(_rank, (args, port, results), nprocs=args.ranks)
-    except multiprocessing.ProcessRaisedException as error:
+        phases = run_ranks(measure, args.ranks, args)
+    except RuntimeError as error:
         return fail(str(error).splitlines()[-1])
-    phases = results.get()
     between, steps = phases.pop("held"), phases.pop("done")["steps"]
     shares, capacities = CheckpointingConfig(encoder=args.checkpointing, llm=args.checkpointing), capacities_of(args)
     predicted = predict(

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import multiprocessing
-import os
-import queue
-import socket
 import statistics
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +18,7 @@ from fvlm.config import load_config
 from fvlm.data.capacities import Capacities
 from fvlm.model import FoveatedConfig, build_model, tiny_config
 from fvlm.train.dry_run import meta_model
-from fvlm.train.engine import Engine, World, start_ranks, stop_ranks
+from fvlm.train.engine import Engine, World
 from fvlm.train.memory import Parameters, count_parameters
 from fvlm.train.preflight import worst_case_pack
 from fvlm.train.traffic import PASSES
@@ -42,6 +34,8 @@ CALLS = {
 """Function of torch.distributed → its collective, and which argument holds the whole tensor."""
 LISTED = ("reduce_scatter", "all_gather", "all_to_all", "all_to_all_single")
 """Functions that DeepSpeed is not seen to call: one that does is an error, or it would go uncounted."""
+CALLED: list[tuple[str, int]] = []
+"""(collective, bytes of the whole tensor) of this process's calls since `count_collectives`."""
 SMALL = 64  # bytes; norms and flags are below
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 RATES = {"connector": 1e-6, "dino": 1e-6, "llm": 1e-6}
@@ -60,74 +54,17 @@ class Case:
     """Of the JSON's section `zero_optimization`."""
 
 
-def run_ranks(function: Callable, ranks: int, *args: Any) -> Any:
-    """`function(world, calls, *args)` on every rank, each a process of its own; rank 0's result.
-
-    `calls` grows with every collective. Raises RuntimeError with a rank's traceback.
-    """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(rank, ranks, port, results, function, args), daemon=True)
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        return _collect(processes, results)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _collect(processes: list, results: Any) -> Any:
-    found = {}
-    while len(found) < len(processes):
-        try:
-            rank, value, error = results.get(timeout=1)
-        except queue.Empty:
-            if any(process.exitcode for process in processes):
-                raise RuntimeError(f"a rank died; exit codes {[p.exitcode for p in processes]}") from None
-            continue
-        if error is not None:
-            raise RuntimeError(f"rank {rank}: {error}")
-        found[rank] = value
-    return found[0]
-
-
-def _rank(rank: int, ranks: int, port: int, results: Any, function: Callable, args: tuple) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    calls: list[tuple[str, int]] = []
-    try:
-        with _counted(calls):  # from the start, since DeepSpeed keeps references of its own
-            world = start_ranks()
-            found = function(world, calls, *args)
-            results.put((rank, found, None))
-            stop_ranks()
-    except Exception:  # whatever it is, for the one who reads rank 0's result
-        results.put((rank, None, traceback.format_exc()))
-
-
-@contextlib.contextmanager
-def _counted(calls: list[tuple[str, int]]) -> Iterator[None]:
-    """Append (collective, bytes of the whole tensor) for every call of torch.distributed."""
-    before = {name: getattr(dist, name) for name in (*CALLS, *LISTED)}
+def count_collectives() -> None:
+    """From here on, every collective of this process is appended to `CALLED`. DeepSpeed keeps references of its own to
+    torch's functions, so this has to come before the engine's first call."""
+    before = {name: getattr(dist, name) for name in CALLS}
 
     def counting(name: str) -> Callable:
         collective, place = CALLS[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             tensor = args[place] if len(args) > place else list(kwargs.values())[place - len(args)]
-            calls.append((collective, tensor.numel() * tensor.element_size()))
+            CALLED.append((collective, tensor.numel() * tensor.element_size()))
             return before[name](*args, **kwargs)
 
         return call
@@ -142,11 +79,6 @@ def _counted(calls: list[tuple[str, int]]) -> Iterator[None]:
         setattr(dist, name, counting(name))
     for name in LISTED:
         setattr(dist, name, unexpected(name))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(dist, name, function)
 
 
 def geometry() -> FoveatedConfig:
@@ -169,17 +101,17 @@ def engine_for(world: World, case: Case) -> Engine:
     return Engine(build_model(geometry()).train(), train, zero, origin, world)
 
 
-def count(world: World, calls: list[tuple[str, int]], cases: list[Case]) -> list[dict[str, int]]:
+def count(world: World, cases: list[Case]) -> list[dict[str, int]]:
     """Bytes by collective of each case's third step; the first two are when ZeRO-3 learns the model's order."""
     batch = worst_case_pack(geometry(), CAPACITIES)
     found = []
     for case in tqdm(cases, "steps", disable=not world.is_main):
         engine = engine_for(world, case)
         for _ in range(3):
-            calls.clear()
+            CALLED.clear()
             take_step(engine, batch)
         sizes = dict.fromkeys(dict(CALLS.values()), 0)
-        for collective, size in calls:
+        for collective, size in CALLED:
             sizes[collective] += size if size >= SMALL else 0
         found.append({collective: size for collective, size in sizes.items() if size})
     return found
@@ -198,7 +130,7 @@ def take_step(engine: Engine, batch: Any) -> list[float]:
     return seconds
 
 
-def time_collectives(world: World, calls: list[tuple[str, int]], repeats: int) -> dict[str, dict[int, float]]:
+def time_collectives(world: World, repeats: int) -> dict[str, dict[int, float]]:
     """Collective → bytes of the whole tensor → median seconds."""
     found: dict[str, dict[int, float]] = {name: {} for name in PASSES}
     for size in SIZES:
@@ -232,7 +164,7 @@ def fit_link(collective: str, seconds: dict[int, float], ranks: int) -> Link:
     return Link(rate=float(1 / per_byte), hop=0.0, call=float(max(call, 0.0)))
 
 
-def time_steps(world: World, calls: list[tuple[str, int]], cases: list[Case], repeats: int) -> list[dict[str, float]]:
+def time_steps(world: World, cases: list[Case], repeats: int) -> list[dict[str, float]]:
     """Medians for each case: seconds of a step, and of the micro-batches before its last one."""
     batch = worst_case_pack(geometry(), TIMED)
     found = []

@@ -6,14 +6,15 @@ import math
 from collections import Counter
 from typing import Any
 
+from benchmarks.ranks import run_ranks
 from benchmarks.scaling_model import Cluster, Link, seconds_of
 from benchmarks.scaling_ranks import (
     Case,
     count,
+    count_collectives,
     fit_link,
     geometry,
     model_parameters,
-    run_ranks,
     time_collectives,
     time_steps,
 )
@@ -48,7 +49,7 @@ def expected_messages(case: Case) -> list[Message]:
 def compare_bytes(cases: list[Case] = CASES) -> list[dict[str, Any]]:
     """A row for each case and collective: bytes counted in a real step, by the formula, and whether they are equal."""
     rows = []
-    for case, counted in zip(cases, run_ranks(count, 2, cases), strict=True):
+    for case, counted in zip(cases, run_ranks(count, 2, cases, prepare=count_collectives), strict=True):
         expected: Counter[str] = Counter()
         for message in expected_messages(case):
             expected[message.collective] += round(message.size)

@@ -68,7 +68,7 @@ class Contender(Protocol):
         """Of each finished step, per label or pair."""
 
     def close(self) -> None:
-        """End the loader's processes."""
+        """End the loader's processes, and free what is held."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,9 @@ class Product:
         return [math.nan if loss is None else loss for loss in found]  # a record has None for what is not finite
 
     def close(self) -> None:
-        """End the loader's processes."""
+        """End the loader's processes, and free the engine's memory."""
         self._steps.close()
+        self.engine.close()
 
 
 class Naive:

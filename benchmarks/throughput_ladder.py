@@ -21,9 +21,9 @@ SWITCHES = ("compile", "cuda_graphs")
 """Of `TrainConfig`: off in the rung `product`, then switched on one after the other."""
 OPTIMIZERS = ("deepspeed_fused", "apex_fused")
 """For a GPU, beside the default."""
-ZERO = ("zero0", "zero1", "zero2", "zero3", "zero2_offload")
-"""DeepSpeed's JSONs; with offload the optimizer is DeepSpeed's for the CPU."""
-_SHARE = 0.5  # of the free memory for what contenders keep; the rest is for the activations of one
+ZERO = ("zero0", "zero1", "zero2", "zero2_offload", "zero3")
+"""DeepSpeed's JSONs; with offload the optimizer is DeepSpeed's for the CPU. ZeRO-3 is last: its memory stays taken."""
+_SHARE = 0.3  # of the free memory for what contenders keep; the rest is for the activations of one
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ def _account(race: Race, entered: Sequence[Rung], last: Rung | None, climbed: li
         to_first[rung.name] = to_first[last.name] * factor.median if last else 1.0
         against = last.name if last else None
         climbed.append(Climbed(rung, against, factor, to_first[rung.name], found[rung.name], timed))
+        if against:
+            print(f"{rung.name}: {factor.median:.2f} times as fast as {against}", flush=True)
         last = last if rung.is_side else rung
     return last
 

@@ -17,9 +17,8 @@ from benchmarks.dataloader_samples import DrawnSet, draw_set
 from fvlm.config import RunConfig, load_config
 from fvlm.data.chat import Layout, load_tokenizer
 from fvlm.data.table import DIMENSIONS, sample_costs
-from fvlm.model import build_model, tiny_config
-from fvlm.model.configuration import FoveatedConfig, preset_config
-from fvlm.train.build import TrainingData, load_data
+from fvlm.model import FoveatedConfig, build_model
+from fvlm.train.build import TrainingData, geometry, load_data
 
 STAGES = {"stage1": "stage1", "stage2": "stage2", "dpo": "dpo"}
 """Mix -> prefix of its configurations in `launch/configs`."""
@@ -90,13 +89,10 @@ def run_config(folder: Path, model: str, mix: str, overrides: Sequence[str] = ()
 def draw_weights(folder: Path, config: RunConfig, seed: int = SEED) -> FoveatedConfig:
     """Write a model with random weights; returns its geometry."""
     chosen = config.model
-    if chosen.preset == "tiny":
-        geometry = tiny_config(len(load_tokenizer("tiny")), **chosen.overrides)
-    else:
-        geometry = preset_config(chosen.preset, **chosen.overrides)
+    shape = geometry(chosen, len(load_tokenizer("tiny")))
     torch.manual_seed(seed)
-    build_model(geometry).save_pretrained(folder)
-    return geometry
+    build_model(shape).save_pretrained(folder)
+    return shape
 
 
 def sample_means(data: TrainingData) -> dict[str, float]:

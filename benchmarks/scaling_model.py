@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from fvlm.model.flops import Flops
+from fvlm.model.flops import Flops, flops_per_sample
 from fvlm.train.gpus import Gpu
 from fvlm.train.memory import REDUCED_AT_ONCE
 from fvlm.train.planner import geometry_of, parameters_of
 from fvlm.train.traffic import PASSES, REUSE_DISTANCE, Message, gathers_of, step_messages, use_order
-from fvlm.train.work_model import ASSUMED_MFU, FILL, LINK_SHARE, SAMPLES, StepTime, sample_flops, step_time
+from fvlm.train.work_model import ASSUMED_MFU, FILL, LINK_SHARE, SAMPLES, StepTime, step_time
 from fvlm.train.zero_config import read_zero_json
 from fvlm.train_config import CheckpointingConfig
 
@@ -229,7 +229,7 @@ def simulate(run: Run, cluster: Cluster, packs: int) -> Step:
             seconds = in_pieces(message, 2.0 * section.get("stage3_prefetch_bucket_size", BUCKET), cluster)
             communication += max(0.0, seconds - found.compute / 3) if run.overlap else seconds
         else:
-            flops = sample_flops(geometry_of(run.model), SAMPLES[run.stage])
+            flops = flops_per_sample(geometry_of(run.model), SAMPLES[run.stage])
             timeline = backward_timeline(flops, _order(run.model), found.compute / packs * 2 / 3)
             cost = _cost(message.collective, cluster)
             communication += packs * exposed_seconds(timeline, bucket, cost, run.overlap)

@@ -199,11 +199,13 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, geometry: FoveatedConfig, plan: Plan, step: Step, train: TrainConfig) -> Counts:
         """One step's; a pair is one sample."""
-        packs = [planned_flops(geometry, plan, pack, train.mode, train.fine_iterations[0]) for pack in step.packs]
-        necessary, shares = sum(pack.training for pack in packs), train.checkpointing
-        again = sum(shares.encoder * pack.encoder + shares.llm * (pack.coarse_llm + pack.fine_llm) for pack in packs)
+        shares = (train.checkpointing.encoder, train.checkpointing.llm)
+        work = [
+            planned_flops(geometry, plan, pack, train.mode, train.fine_iterations[0], shares) for pack in step.packs
+        ]
+        necessary, executed = (sum(getattr(pack, name) for pack in work) for name in ("training", "executed"))
         frames, tokens = (sum(getattr(pack, name) for pack in step.packs) for name in ("frames", "tokens"))
-        return cls(step.samples, frames, tokens, necessary, necessary + again)
+        return cls(step.samples, frames, tokens, necessary, executed)
 
     @classmethod
     def sum(cls, counts: Sequence[Counts]) -> Counts:

@@ -20,6 +20,7 @@ from fvlm.schema import OPERATIONAL, apply_override, build, read_mapping, requir
 from fvlm.train_config import TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "launch" / "configs"
 FIGURES = ("val_loss", "loss_fine", "loss_coarse", "loss_ratio", "attention_entropy")
 SMOLLM = "HuggingFaceTB/SmolLM2-{}-Instruct"
 BACKBONES = {
@@ -33,8 +34,8 @@ BACKBONES = {
 class ModelConfig:
     """Which network; `llm` and `vision` replace the preset's back bones."""
 
-    preset: Literal["tiny", "135m", "360m", "1b7"] = "tiny"
-    """Pair of back bones (README); `tiny` is built locally with random weights."""
+    preset: Literal["tiny_s", "tiny", "tiny_l", "135m", "360m", "1b7"] = "tiny"
+    """Pair of back bones (README); the tiny ones, of three sizes, are built locally with random weights."""
     llm: str | None = None
     """Hugging Face id or local folder of a Llama model."""
     vision: str | None = None
@@ -57,22 +58,27 @@ class ModelConfig:
     """Control experiment: queries are drawn, not written."""
 
     def __post_init__(self) -> None:
-        if self.preset == "tiny":
+        if self.is_tiny:
             given = {"model.llm": self.llm, "model.vision": self.vision}
             for key, value in given.items():
-                require(value is None, key, value, "null with model.preset = tiny; choose 135m, 360m or 1b7")
+                require(value is None, key, value, f"null with model.preset = {self.preset}; choose 135m, 360m or 1b7")
         require(self.tokens_per_frame >= 1, "model.tokens_per_frame", self.tokens_per_frame, "at least 1")
         size = self.image_size
         require(size is None or (size > 0 and size % 14 == 0), "model.image_size", size, "a multiple of the patch, 14")
 
     @property
+    def is_tiny(self) -> bool:
+        """Whether it is built locally, with the tokenizer's vocabulary."""
+        return self.preset not in BACKBONES
+
+    @property
     def frame_size(self) -> int:
         """Side of a frame in pixels."""
-        return self.image_size or (56 if self.preset == "tiny" else 224)
+        return self.image_size or (56 if self.is_tiny else 224)
 
     @property
     def backbones(self) -> tuple[str, str]:
-        """(language model, vision model); not for `tiny`."""
+        """(language model, vision model); not for the tiny ones."""
         llm, vision = BACKBONES[self.preset]
         return self.llm or llm, self.vision or vision
 
@@ -206,7 +212,7 @@ class RunConfig:
     @property
     def tokenizer(self) -> str:
         """Name for `fvlm.data.chat.load_tokenizer`."""
-        return self.data.tokenizer or ("tiny" if self.model.preset == "tiny" else self.model.backbones[0])
+        return self.data.tokenizer or ("tiny" if self.model.is_tiny else self.model.backbones[0])
 
 
 def load_config(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
@@ -214,8 +220,17 @@ def load_config(name: str, overrides: Sequence[str] = (), folder: Path | None = 
 
     Raises ConfigError for a missing file, an unknown or missing key, a wrong type or a value that cannot be.
     """
-    folder = folder or REPOSITORY / "launch" / "configs"
-    values = read_mapping(resolve(name, folder, ".yaml"))
+    folder = folder or CONFIGS
+    return _resolved(read_mapping(resolve(name, folder, ".yaml")), overrides, folder)
+
+
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with `key=value` overrides applied; raises ConfigError as `load_config` does."""
+    return _resolved(to_dict(config), overrides, CONFIGS)
+
+
+def _resolved(values: dict[str, Any], overrides: Sequence[str], folder: Path) -> RunConfig:
+    """Overrides in order, then the mixture's base read, then typed."""
     name_base(values.get("data"))
     for override in overrides:
         apply_override(values, override)

@@ -82,15 +82,26 @@ def _require(condition: bool, key: str, expected: str, got: object) -> None:
         raise ValueError(f"{key}: expected {expected}, got {got!r}")
 
 
-def tiny_config(vocab_size: int, **overrides) -> FoveatedConfig:
-    """About 1.5 M parameters on 56-pixel frames (4×4 patches): the model of the tests and the demo."""
+def tiny_config(vocab_size: int, size: str = "tiny", **overrides) -> FoveatedConfig:
+    """About 1.5 M parameters on 56-pixel frames (4×4 patches): the model of the tests and the demo.
+
+    Args:
+        vocab_size: the tokenizer's.
+        size: one of :data:`TINY`: the language model is wider or narrower, for scaling on a small scale.
+        overrides: further fields of :class:`FoveatedConfig`.
+
+    Raises:
+        ValueError: another size.
+    """
+    _require(size in TINY, "size", f"one of {', '.join(TINY)}", size)
+    heads = TINY[size]
     llm_config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=32 * heads,
+        intermediate_size=96 * heads,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
@@ -150,6 +161,8 @@ def preset_config(preset: str, **overrides) -> FoveatedConfig:
     return FoveatedConfig(llm_config=llm_config, vision_config=vision_config, **overrides)
 
 
+# heads of the language model, 32 wide each
+TINY = {"tiny_s": 2, "tiny": 4, "tiny_l": 6}
 # SmolLM2-Instruct's config.json: width, MLP width, layers, heads, key/value heads, rope θ
 PRESETS = {
     "135m": (576, 1536, 30, 9, 3, 100_000.0),

@@ -44,7 +44,7 @@ def plot_losses(runs: Mapping[str, Table], stem: str | Path, x: str = "samples_s
     for table in runs.values():
         table.require([x, "train_loss", "val_loss"])
     with plt.rc_context(STYLE):
-        figure, axes = _axes(_words(x), "cross-entropy, nats a token")
+        figure, axes = _axes(column_words(x), "cross-entropy, nats a token")
         for index, (label, table) in enumerate(runs.items()):
             steps = table.numbers(x)
             colour = PALETTE[index % len(PALETTE)]
@@ -83,7 +83,7 @@ def plot_preference(runs: Mapping[str, Table], stem: str | Path, x: str = "sampl
         figure, both = plt.subplots(1, 2, figsize=(7.6, 3.0), layout="constrained")
         named = {"accuracy": "pairs whose chosen answer is preferred, %", "margin": "margin of rewards"}
         for axes, (name, words) in zip(both, named.items(), strict=True):
-            axes.set_xlabel(_words(x))
+            axes.set_xlabel(column_words(x))
             axes.set_ylabel(words)
             for index, (label, table) in enumerate(runs.items()):
                 y = table.numbers(f"preference/{name}") * (100 if name == "accuracy" else 1)
@@ -96,7 +96,7 @@ def plot_preference(runs: Mapping[str, Table], stem: str | Path, x: str = "sampl
 def _curves(runs: Mapping[str, Table], x: str, y: str, ylabel: str) -> tuple[Figure, Axes]:
     for table in runs.values():
         table.require([x, y])
-    figure, axes = _axes(_words(x), ylabel)
+    figure, axes = _axes(column_words(x), ylabel)
     for index, (label, table) in enumerate(runs.items()):
         _line(axes, table.numbers(x), table.numbers(y), index, label)
     return figure, axes
@@ -110,7 +110,7 @@ def plot_arms(arms: Mapping[str, Table], stem: str | Path, x: str = "samples_see
     for table in arms.values():
         table.require([x, "accuracy", "low", "high", "chance"])
     with plt.rc_context(STYLE):
-        figure, axes = _axes(_words(x), "held-out accuracy, %", (5.8, 3.6))
+        figure, axes = _axes(column_words(x), "held-out accuracy, %", (5.8, 3.6))
         for index, (label, table) in enumerate(arms.items()):
             steps = table.numbers(x)
             _line(axes, steps, 100 * table.numbers("accuracy"), index, label)
@@ -173,7 +173,7 @@ def _chance_line(axes: Axes, chance: float) -> None:
     axes.axhline(100 * chance, color="0.2", linestyle="--", linewidth=1, label=f"chance {100 * chance:.3g} %")
 
 
-def _words(column: str) -> str:
+def column_words(column: str) -> str:
     return {"samples_seen": "training samples seen", "step": "training steps", "wall_time_sec": "seconds"}.get(
         column, column.replace("_", " ")
     )

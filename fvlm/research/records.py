@@ -94,10 +94,10 @@ def read_run(folder: str | Path) -> RunRecords:
     records = RunRecords(
         folder=folder,
         config=optional("config.yaml", _read_yaml, "what was run"),
-        summary=optional("run_summary.json", _read_json, "how it ended"),
+        summary=optional("run_summary.json", read_json, "how it ended"),
         metrics=optional("metrics.csv", _read_metrics, "losses over training"),
         evaluations=optional("metrics.jsonl", lambda path: read_jsonl(path, "evaluation"), "accuracies over training"),
-        evaluation=optional("evaluation/evaluation.json", _read_json, "the checkpoint in three modes"),
+        evaluation=optional("evaluation/evaluation.json", read_json, "the checkpoint in three modes"),
         clips=clips,
         missing=missing,
     )
@@ -112,7 +112,8 @@ def _read_metrics(path: Path) -> Table:
     return read_csv(path, ["step", "samples_seen", "train_loss", "val_loss"])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError naming the file where it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fvlm.evaluate.maps import ClipMaps
 from fvlm.research import sections
 from fvlm.research.plots import plot_arms, plot_entropy, plot_loss_ratio, plot_losses, plot_modes, plot_preference
@@ -17,7 +15,6 @@ from fvlm.research.records import RunRecords, read_run
 from fvlm.research.strips import plot_strip
 from fvlm.research.tables import Table
 
-CODE = ("fvlm", "kernels", "launch", "data_prep", "benchmarks")
 MOST_STRIPS = 4
 ACCURACY_COLUMNS = ("accuracy", "n", "chance", "low", "high")
 
@@ -55,9 +52,9 @@ def write_report(
     lines += _preference(run, others, figures)
     lines += sections.sample_outputs(run)
     lines += sections.what_was_run(run) + sections.data(run)
-    lines += _cost(run, price_per_hour) + (_code_size(repository) if repository else [])
+    lines += _cost(run, price_per_hour) + (sections.code_size(repository) if repository else [])
     lines += _not_on_record(run, others, figures)
-    return _write(out, "\n".join(lines).rstrip() + "\n")
+    return write_text(out, "\n".join(lines).rstrip() + "\n")
 
 
 class Figures:
@@ -175,40 +172,12 @@ def _unique_labels(tables: dict[RunRecords, Table]) -> dict[str, Table]:
 
 
 def _cost(run: RunRecords, price_per_hour: float | None) -> list[str]:
-    summary = run.summary or {}
-    seconds = summary.get("wall_time_sec")
-    if seconds is None and run.metrics is not None and "wall_time_sec" in run.metrics.columns:
-        seconds = float(np.nanmax(run.metrics.numbers("wall_time_sec")))
-    if seconds is None:
+    cost = sections.cost(run, price_per_hour)
+    if cost is None:
         return []
-    devices = summary.get("world_size") or 1
-    known = summary.get("cost") or {}
-    hours = known.get("gpu_hours", seconds * devices / 3600)
-    price_per_hour = known.get("price_per_gpu_hour") if price_per_hour is None else price_per_hour
-    text = f"Training took {seconds / 3600:.3f} hours on {devices} device(s): {hours:.3f} device-hours"
-    money = "" if price_per_hour is None else f", {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"
-    return ["## Cost", "", f"{text}{money}.", ""]
-
-
-def _code_size(repository: Path) -> list[str]:
-    counts = {name: _lines_of_code(repository / name) for name in (*CODE, "tests")}
-    shown = [(name, count) for name, count in counts.items() if count]
-    total = sum(count for name, count in shown if name != "tests")
-    return [
-        "## Size of the code",
-        "",
-        *sections.table(("folder", "lines of Python"), [*shown, ("**without tests**", total)]),
-    ]
-
-
-def _lines_of_code(folder: Path) -> int:
-    """Lines of all Python files; links are not followed, so `fvlm/kernels` is counted once."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            if name.endswith(".py"):
-                total += (Path(root) / name).read_text(encoding="utf-8").count("\n")
-    return total
+    hours, devices = f"{cost['seconds'] / 3600:.3f} hours", f"{cost['devices']} device(s)"
+    money = "" if cost["money"] is None else f", {cost['money']:.2f} at {cost['price']:g} an hour"
+    return ["## Cost", "", f"Training took {hours} on {devices}: {cost['hours']:.3f} device-hours{money}.", ""]
 
 
 def _not_on_record(run: RunRecords, others: Sequence[RunRecords], figures: Figures) -> list[str]:
@@ -218,7 +187,8 @@ def _not_on_record(run: RunRecords, others: Sequence[RunRecords], figures: Figur
     return ["## Not on record", "", *(f"- {what}" for what in absent), ""]
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Writes by rename, flushed first, so that a reader never sees half of it; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     with partial.open("w", encoding="utf-8") as file:

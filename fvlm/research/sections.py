@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from fvlm.research.records import RunRecords
 from fvlm.research.style import MODE_NAMES
 
 MODES = ("coarse_only", "coarse_fine", "autoregressive")
+CODE = ("fvlm", "kernels", "launch", "data_prep", "benchmarks")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -45,6 +48,11 @@ def introduction() -> list[str]:
 
 def what_was_run(run: RunRecords) -> list[str]:
     """Configuration in short, commit, hardware, versions."""
+    return ["## What was run", "", *table(("", ""), facts(run))]
+
+
+def facts(run: RunRecords) -> list[tuple[str, object]]:
+    """(what, value) of configuration, commit, hardware and versions, as far as they are on record."""
     evaluation, summary = run.evaluation or {}, run.summary or {}
     environment = {**(summary.get("environment") or {}), **(evaluation.get("environment") or {})}
     learning = run.setting("train.learning_rate") or {}
@@ -63,7 +71,7 @@ def what_was_run(run: RunRecords) -> list[str]:
         ("commit", evaluation.get("commit") or summary.get("commit")),
         *((name, value) for name, value in _flat(environment)),
     ]
-    return ["## What was run", "", *table(("", ""), [row for row in rows if row[1] not in (None, "")])]
+    return [row for row in rows if row[1] not in (None, "")]
 
 
 def _flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -218,6 +226,43 @@ def sample_outputs(run: RunRecords) -> list[str]:
     modes = [mode for mode in MODES if any(mode in sample["choices"] for sample in samples)]
     rows = [(s["source"], s["question"], s["gold"], *(s["choices"].get(mode) for mode in modes)) for s in samples]
     return ["## Sample outputs", "", *table(("source", "question", "right", *(MODE_NAMES[m] for m in modes)), rows)]
+
+
+def cost(run: RunRecords, price_per_hour: float | None) -> dict[str, Any] | None:
+    """{"seconds", "devices", "hours", "price", "money"} of training; None where no time is on record.
+
+    `hours` are device-hours; without a price, given or on record, `price` and `money` are None.
+    """
+    summary = run.summary or {}
+    seconds = summary.get("wall_time_sec")
+    if seconds is None and run.metrics is not None and "wall_time_sec" in run.metrics.columns:
+        seconds = float(np.nanmax(run.metrics.numbers("wall_time_sec")))
+    if seconds is None:
+        return None
+    devices, known = summary.get("world_size") or 1, summary.get("cost") or {}
+    hours = known.get("gpu_hours", seconds * devices / 3600)
+    price = known.get("price_per_gpu_hour") if price_per_hour is None else price_per_hour
+    money = None if price is None else hours * price
+    return {"seconds": seconds, "devices": devices, "hours": hours, "price": price, "money": money}
+
+
+def code_size(repository: Path) -> list[str]:
+    """Lines of Python by folder."""
+    counts = {name: _lines_of_code(repository / name) for name in (*CODE, "tests")}
+    shown = [(name, count) for name, count in counts.items() if count]
+    total = sum(count for name, count in shown if name != "tests")
+    header = ("folder", "lines of Python")
+    return ["## Size of the code", "", *table(header, [*shown, ("**without tests**", total)])]
+
+
+def _lines_of_code(folder: Path) -> int:
+    """Lines of all Python files; links are not followed, so `fvlm/kernels` is counted once."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".py"):
+                total += (Path(root) / name).read_text(encoding="utf-8").count("\n")
+    return total
 
 
 def _first_loss(run: RunRecords) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fvlm.data.shard import find_shards, load_index
 from fvlm.data.shard_cache import ShardCache
 from fvlm.data.table_store import open_table
 from fvlm.model import FoveatedConfig, FoveatedVLM, MultiTokenVLM, build_model, convert, model_class, tiny_config
+from fvlm.model.configuration import preset_config
 from fvlm.schema import ConfigError
 from fvlm.train import lora
 from fvlm.train.checkpoint import read_pointer
@@ -179,12 +180,10 @@ def load_model(config: RunConfig, vocab_size: int, resumed: Path | None = None) 
         if init is not None:
             source = find_init(init)
             weights, found = convert.locate(source)
-            geometry = (
-                FoveatedConfig(**{**found.to_dict(), **chosen.overrides}) if found else _geometry(chosen, vocab_size)
-            )
-            model = model_class(geometry).from_pretrained(weights, config=geometry)
-        elif chosen.preset == "tiny":
-            model = build_model(tiny_config(vocab_size, **chosen.overrides))
+            shape = FoveatedConfig(**{**found.to_dict(), **chosen.overrides}) if found else geometry(chosen, vocab_size)
+            model = model_class(shape).from_pretrained(weights, config=shape)
+        elif chosen.is_tiny:
+            model = build_model(geometry(chosen, vocab_size))
         else:
             cls = MultiTokenVLM if chosen.architecture == "multi_token" else FoveatedVLM
             model = cls.from_backbones(*chosen.backbones, **chosen.overrides)
@@ -213,9 +212,15 @@ def _require_room(model: FoveatedVLM | MultiTokenVLM, vocab_size: int, config: R
         )
 
 
-def _geometry(chosen: ModelConfig, vocab_size: int) -> FoveatedConfig:
-    """For weights that come without one, such as published `.pt` files."""
-    if chosen.preset == "tiny":
-        return tiny_config(vocab_size, **chosen.overrides)
+def geometry(chosen: ModelConfig, vocab_size: int) -> FoveatedConfig:
+    """The model's, without weights: for planning, and for published `.pt` files, which come without one.
+
+    `vocab_size` is the tokenizer's, for the tiny models. Back bones other than the preset's are read for theirs; raises
+    OSError where they are not there.
+    """
+    if chosen.is_tiny:
+        return tiny_config(vocab_size, chosen.preset, **chosen.overrides)
+    if chosen.llm is None and chosen.vision is None:
+        return preset_config(chosen.preset, **chosen.overrides)
     llm, vision = (AutoConfig.from_pretrained(name) for name in chosen.backbones)
     return FoveatedConfig(llm_config=llm, vision_config=vision, **chosen.overrides)

@@ -73,6 +73,8 @@ class RunState:
     """Samples lost while reading, by reason."""
     samples_by_source: dict[str, int] = field(default_factory=dict)
     """Samples of the packs so far."""
+    flops_seen: float = 0.0
+    """Forward and backward operations so far, as the plan has them."""
     guard: dict[str, Any] = field(default_factory=dict)
     """Losses and gradient norms that the next steps are judged by, and what was left out (`fvlm.train.guard`)."""
     failed_saves: int = 0

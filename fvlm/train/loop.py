@@ -246,6 +246,7 @@ class Trainer:
         state.samples_by_source = self._data.samples_by_source
         iterations = schedule.fine_iterations(self.train.fine_iterations, step.index)
         flops = step_flops(self.engine.module.config, self.plan, step, self.train.mode, iterations)
+        state.flops_seen += flops
         self._clock.count(samples=step.samples, tokens=sum(p.tokens for p in step.packs), flops=flops)
 
     def _record(self, launched: Launched, sums: StepSums, norm: float, done: float) -> None:
@@ -256,6 +257,7 @@ class Trainer:
         record = {
             "step": self.state.step,
             "samples_seen": self.state.samples_seen,
+            "flops_seen": self.state.flops_seen,
             "wall_time_sec": round(self._clock.wall_seconds(), 3),
             **sums.figures(self.train.mode == "coarse_only", with_coarse, self.world.size),
             "grad_norm": norm,
@@ -323,6 +325,7 @@ class Trainer:
         row = {
             "step": state.step,
             "samples_seen": state.samples_seen,
+            "flops_seen": state.flops_seen,
             "wall_time_sec": round(self._clock.wall_seconds(), 3),
             "train_loss": loss_sum / labels if labels else None,
             **known,

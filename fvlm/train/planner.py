@@ -16,6 +16,7 @@ from fvlm.data.capacities import Capacities
 from fvlm.data.loader import num_buffers
 from fvlm.model import FoveatedConfig
 from fvlm.model.configuration import preset_config
+from fvlm.model.flops import Sample
 from fvlm.train.dry_run import DryRun, dry_run, meta_model
 from fvlm.train.gpus import GIB, Gpu
 from fvlm.train.memory import (
@@ -26,7 +27,7 @@ from fvlm.train.memory import (
     host_memory,
     keeps_gradients,
 )
-from fvlm.train.work_model import ASSUMED_MFU, SAMPLES, TOTAL_SAMPLES, Sample, StepTime, step_time
+from fvlm.train.work_model import ASSUMED_MFU, SAMPLES, TOTAL_SAMPLES, StepTime, step_time
 from fvlm.train.zero_config import read_zero_json
 from fvlm.train_config import CheckpointingConfig, LoraConfig
 

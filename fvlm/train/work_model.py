@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fvlm.model import FoveatedConfig
-from fvlm.model.flops import Flops, pack_flops
+from fvlm.model.flops import Sample, flops_per_sample
 from fvlm.train.gpus import Gpu
 from fvlm.train.memory import Parameters
 from fvlm.train.traffic import gathers_of, sent, step_messages, use_order
@@ -30,21 +30,7 @@ ADAM_BYTES = 28  # read and written a parameter: master, two moments, gradient
 FILL = 0.97  # of a pack's rows (a simulated stage-2 mix: 97 % of frames, 99 % of tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A stage's mean sample. Assumed; `launch/plan.py --propose` finds the real one from an index."""
-
-    frames: float
-    """Distinct frames."""
-    visual: float
-    """Visual tokens."""
-    tokens: float
-    """All tokens, the visual ones too."""
-    coarse: float
-    """Of these, up to the last visual token."""
-    labels: float
-
-
+# Of each stage, a mean sample. Assumed; `launch/plan.py --propose` finds the real one from an index.
 SAMPLES = {
     # one caption of about 150 tokens on a clip of about 8 frames; 14 % text of about 400
     "stage1": Sample(frames=7, visual=7, tokens=220, coarse=25, labels=210),
@@ -54,18 +40,6 @@ SAMPLES = {
     "dpo": Sample(frames=1, visual=16, tokens=330, coarse=40, labels=200),
 }
 TOTAL_SAMPLES = {"stage1": 1_000_000, "stage2": 1_000_000, "dpo": 83_000}
-
-
-def sample_flops(geometry: FoveatedConfig, sample: Sample) -> Flops:
-    """Forward operations of a mean sample."""
-    return pack_flops(
-        geometry,
-        num_frames=sample.frames,
-        lengths=[sample.tokens],
-        coarse_lengths=[sample.coarse],
-        num_visual=sample.visual,
-        num_labels=sample.labels,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +79,8 @@ def step_time(
 ) -> StepTime:
     """Time of a step of `micro_batches` packs of `tokens` rows on each rank."""
     samples = FILL * tokens / sample.tokens
-    flops = sample_flops(geometry, sample)
-    again = checkpointing.encoder * flops.encoder + checkpointing.llm * (flops.coarse_llm + flops.fine_llm)
-    busy = samples * (flops.training + again) / (gpu.peak * mfu)
+    flops = flops_per_sample(geometry, sample, recompute=(checkpointing.encoder, checkpointing.llm))
+    busy = samples * flops.executed / (gpu.peak * mfu)
     compute = micro_batches * max(busy, num_ops * LAUNCH_SECONDS)
     offloaded = zero.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     share = parameters.trained / ranks

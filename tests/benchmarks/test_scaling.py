@@ -80,7 +80,7 @@ def test_the_order_of_use_has_nearly_all_weights_and_the_timeline_all_of_them(mo
     order = use_order(geometry_of(model))
     listed = sum(dict(order).values())
     assert 0.985 * parameters_of(model).trained < listed < parameters_of(model).trained
-    flops = scaling_model.sample_flops(geometry_of(model), scaling_model.SAMPLES["stage2"])
+    flops = scaling_model.flops_per_sample(geometry_of(model), scaling_model.SAMPLES["stage2"])
     timeline = scaling_model.backward_timeline(flops, order, 2.0)
     assert sum(seconds for seconds, _ in timeline) == pytest.approx(2.0)
     assert sum(elements for _, elements in timeline) == listed

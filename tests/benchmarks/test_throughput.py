@@ -114,11 +114,13 @@ def test_work_is_the_plans_and_recomputation_comes_on_top(workload):
             coarse_lengths=[8] * 2 * len(pack.rows),
             num_visual=pack.visual,
             num_labels=pack.labels,
+            recompute=(0.5, 1.0),
         )
         for pack in step.packs
     ]
-    expected = sum(0.5 * part.encoder + part.coarse_llm + part.fine_llm for part in parts)
+    expected = sum(part.recomputed for part in parts)
     assert again.executed - again.necessary == pytest.approx(expected)
+    assert expected > 0.5 * sum(part.coarse_llm + part.fine_llm for part in parts)
     assert again.necessary == counts.necessary
 
 

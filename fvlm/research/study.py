@@ -1,0 +1,148 @@
+"""Studies: lists of runs that differ in configuration, carried out as processes, restartable, tabulated as CSVs.
+
+A study lives in one folder: `plan.json` and `base.yaml` (what is to be run), a folder a run, and the tables that
+`fvlm.research.study_tables` writes after every run. The same call again goes on: finished runs are left alone, stopped
+ones continue, failed ones are tried once more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import queue
+import shutil
+import signal
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from fvlm.config import RunConfig
+from fvlm.research.study_plan import PlannedRun, read_plan, with_needed, write_plan
+from fvlm.research.study_run import Children, Launcher, carry_out, refuse
+from fvlm.research.study_tables import collect
+from fvlm.schema import ConfigError
+from fvlm.train.preemption import EXIT_CODE
+
+__all__ = ["Launcher", "PlannedRun", "Study", "collect", "read_plan", "run_study"]
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """How a study's runs ended."""
+
+    out: Path
+    statuses: dict[str, str]
+    """Run → done, failed, stopped or not_run; of the runs that were asked for."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: all done; 75: some stopped, and the same call goes on; 1: some failed."""
+        ended = set(self.statuses.values())
+        return EXIT_CODE if ended & {"stopped", "not_run"} else 1 if "failed" in ended else 0
+
+
+def run_study(
+    runs: Sequence[PlannedRun],
+    base: RunConfig,
+    out: str | Path,
+    *,
+    launcher: Launcher | None = None,
+    only: Collection[str] | None = None,
+    keep_checkpoints: bool = False,
+) -> Study:
+    """Carries out the runs, and tabulates after each one; to be called from the main thread.
+
+    Args:
+        runs: the plan; the tables have a row for each.
+        base: what their overrides are on top of.
+        out: the study's folder.
+        only: names of the runs to carry out, with those that they start from; None: all.
+        keep_checkpoints: keep those of finished runs; else only of the runs that others start from.
+
+    Raises:
+        ConfigError: a run cannot be, `out` holds a study of another base, or a study is at work there.
+    """
+    out, launcher = Path(out), launcher or Launcher()
+    names = with_needed([run.name for run in runs] if only is None else only, runs)
+    chosen = [run for run in runs if run.name in names]
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone_in(out) as lock, _told_to_stop(Children(lock)) as children:
+        configs = write_plan(runs, base, out)
+        needed = {run.after for run in runs if run.after} if not keep_checkpoints else {run.name for run in runs}
+        slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(launcher.parallel):
+            slots.put(slot)
+        futures: dict[str, Future] = {}
+
+        def work(run: PlannedRun) -> dict[str, Any]:
+            before = futures[run.after].result()["status"] if run.after else "done"
+            if children.stopping:
+                return {"status": "not_run", "reason": None}
+            if before != "done":
+                return refuse(out / run.name, configs[run.name], f"it starts from {run.after}, which is {before}")
+            slot = slots.get()
+            try:
+                record = carry_out(run, configs[run.name], out, launcher, slot, children)
+            finally:
+                slots.put(slot)
+            if record["status"] == "done" and run.name not in needed:
+                shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
+            return record
+
+        with ThreadPoolExecutor(launcher.parallel) as pool, logging_redirect_tqdm():
+            for run in chosen:  # in the plan's order, so that a run finds the one it starts from
+                futures[run.name] = pool.submit(work, run)
+            try:
+                statuses = _watch(futures, runs, out, children)
+            except BaseException:
+                children.stop()  # or the pool would wait for all that is left
+                raise
+        collect(runs, out)
+    return Study(out=out, statuses={run.name: statuses[run.name] for run in chosen})
+
+
+def _watch(futures: dict[str, Future], runs: Sequence[PlannedRun], out: Path, children: Children) -> dict[str, str]:
+    """Status of each run, as they end; the tables are written anew every time."""
+    names, statuses = {future: name for name, future in futures.items()}, {}
+    for future in tqdm(as_completed(names), total=len(names), unit="run"):
+        name, record = names[future], future.result()
+        statuses[name] = record["status"]
+        if not children.stopping:
+            logger.info("%s: %s%s", name, record["status"], f": {record['reason']}" if record["reason"] else "")
+            collect(runs, out)
+    return statuses
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[IO[str]]:
+    """The locked file, which the study's processes hold as well; raises ConfigError while one of them is at work."""
+    with (out / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{out}: a study, or a run that a killed one left behind, is at work there; wait for it, or end it"
+            ) from None
+        yield file
+
+
+@contextmanager
+def _told_to_stop(children: Children) -> Iterator[Children]:
+    """SIGTERM and SIGINT end the children, which save."""
+    before = {number: signal.signal(number, children.stop) for number in SIGNALS}
+    try:
+        yield children
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

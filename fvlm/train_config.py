@@ -61,6 +61,9 @@ class GuardConfig:
     """Steps that mean and deviation are taken over; spikes are judged once half of them are there."""
     max_skips: int = field(default=8, **OPERATIONAL)
     """Steps left out in a row at which the run stops."""
+    new_level_after: int = field(default=4, **OPERATIONAL)
+    """Steps left out in a row for their gradient's norm alone, after which the next such step counts and the window
+    begins with it: a model that starts to learn something new; 0: never."""
     llm_bottom: int | None = None
     """Layers of the language model, from the first on, that `freeze_llm_bottom` freezes; decided before the run."""
 
@@ -68,6 +71,7 @@ class GuardConfig:
         require(self.sigmas >= 0, "train.guard.sigmas", self.sigmas, "0 or more")
         require(self.window >= 2, "train.guard.window", self.window, "at least 2")
         require(self.max_skips >= 1, "train.guard.max_skips", self.max_skips, "at least 1")
+        require(self.new_level_after >= 0, "train.guard.new_level_after", self.new_level_after, "0 or more")
         bottom = self.llm_bottom
         require(bottom is None or bottom >= 1, "train.guard.llm_bottom", bottom, "at least 1")
         if self.policy == "freeze_llm_bottom":

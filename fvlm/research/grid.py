@@ -79,7 +79,7 @@ class GridRun:
 
 
 def load_grid(name: str, overrides: Sequence[str] = ()) -> tuple[GridConfig, list[str]]:
-    """The grid file `name` (a path, or a bare name in launch/configs/studies), and the overrides that belong to its runs.
+    """The grid file `name` (a path, or a bare name in launch/configs/studies), and the overrides that are its runs'.
 
     Overrides whose first key is one of the grid's (`sizes`, `budgets.C1`, `evaluations` …) change the grid.
 

@@ -115,6 +115,8 @@ class Guard:
         self._values = values.to(device)
         self._age = torch.arange(config.window - 1, -1, -1, device=device)  # 0: the newest
         self._filled = torch.full((), len(kept), dtype=torch.int64, device=device)
+        self._high = torch.full((), state.get("high_norms", 0), dtype=torch.int64, device=device)
+        """Steps in a row that were left out for their gradient's norm alone."""
         self.judged = torch.zeros(len(Judged._fields), dtype=torch.float64, device=device)
         """Of the last step that was judged, as in Judged."""
         self.skipped_steps: int = state.get("skipped_steps", 0)
@@ -128,6 +130,7 @@ class Guard:
         kept = self._values[:, self.config.window - int(self._filled) :].tolist()
         return {
             "window": dict(zip(QUANTITIES, kept, strict=True)),
+            "high_norms": int(self._high),
             "skipped_steps": self.skipped_steps,
             "in_a_row": self.in_a_row,
             "frozen": list(self.frozen),
@@ -156,16 +159,24 @@ class Guard:
 
         `loss` is the step's, a scalar on the device; to be asked once a step. Nothing is read on the host. Values of a
         step that counts enter the window; others do not, so that a spike does not widen what follows. All ranks judge
-        alike, since both values are sums over ranks. `anew`: the window begins with this step, whose gradient is that
-        of other parameters than before.
+        alike, since both values are sums over ranks. A norm that stays too large while the loss does not is no spike,
+        but a new level (`new_level_after`): the window begins with it. `anew`: the window begins with this step, whose
+        gradient is that of other parameters than before.
         """
         if anew:
-            self._filled = torch.zeros_like(self._filled)
+            self._filled, self._high = torch.zeros_like(self._filled), torch.zeros_like(self._high)
 
         def judge(norm: Tensor) -> Tensor:
             here = norm.detach().to(self._values.device, torch.float64, non_blocking=True)
             values, statistics = torch.stack([loss.detach().double(), here]), self.statistics()
-            counts = (values.isfinite() & (values <= statistics[2])).all()
+            finite, fits = values.isfinite().all(), values <= statistics[2]
+            alone = finite & fits[0] & ~fits[1]
+            if self.config.new_level_after:
+                level = alone & (self._high >= self.config.new_level_after)
+                statistics[2, 1] = torch.where(level, math.inf, statistics[2, 1])
+                self._filled = torch.where(level, 0, self._filled)
+            counts = finite & (values <= statistics[2]).all()
+            self._high = torch.where(alone & ~counts, self._high + 1, 0)
             longer = torch.cat([self._values[:, 1:], values[:, None]], dim=1)
             self._values = torch.where(counts, longer, self._values)
             self._filled = (self._filled + counts).clamp(max=self.config.window)

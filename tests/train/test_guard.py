@@ -64,6 +64,47 @@ def test_spikes_are_judged_once_half_of_the_window_is_there():
     assert limits(filled([(0.1, 0.7)] * 200)) == [INF, INF]  # nothing varies: no measure of what is unusual
 
 
+def test_a_norm_that_stays_high_is_a_new_level_and_the_window_begins_with_it():
+    watch = filled(noise(128))
+    for number in range(4):
+        assert judge(watch, 2.5, 20.0 + number)[0]
+    assert watch.skipped_steps == watch.in_a_row == 4
+    assert judge(watch, 2.5, 30.0) == (False, None)
+    assert watch.in_a_row == 0
+    assert watch.state()["window"] == {"loss": [2.5], "grad_norm": [30.0]}
+    assert limits(watch) == [INF, INF]
+    for loss, norm in noise(70, seed=1):
+        assert judge(watch, loss, 20 * norm) == (False, None)
+    assert judge(watch, 2.5, 300.0)[0]
+
+
+@pytest.mark.parametrize("between", [(2.5, 1.0), (99.0, 20.0), (NAN, 20.0), (2.5, INF)])
+def test_what_is_no_high_norm_alone_makes_no_new_level(between):
+    watch = filled(noise(128))
+    for _ in range(3):
+        assert judge(watch, 2.5, 20.0)[0]
+    judge(watch, *between)
+    for _ in range(4):
+        assert judge(watch, 2.5, 20.0)[0]
+    assert judge(watch, 2.5, 20.0) == (False, None)
+
+
+def test_losses_that_stay_high_and_norms_that_are_to_stay_out_never_count():
+    watch = filled(noise(128))
+    assert all(judge(watch, 99.0, 20.0)[0] for _ in range(20))
+    watch = filled(noise(128), new_level_after=0)
+    assert all(judge(watch, 2.5, 20.0)[0] for _ in range(20))
+
+
+def test_a_resumed_guard_finds_the_new_level_at_the_same_step():
+    watch = filled(noise(128))
+    for _ in range(3):
+        assert judge(watch, 2.5, 20.0)[0]
+    again = Guard(GuardConfig(), json.loads(json.dumps(watch.state())))
+    assert judge(again, 2.5, 20.0)[0]
+    assert judge(again, 2.5, 20.0) == (False, None)
+
+
 @pytest.mark.parametrize(
     ("loss", "norm", "quantity"),
     [(2.5, 1.0, None), (99.0, 1.0, "loss"), (2.5, 99.0, "grad_norm"), (NAN, 1.0, "loss"), (2.5, NAN, "grad_norm"),

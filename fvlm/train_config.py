@@ -63,7 +63,7 @@ class GuardConfig:
     """Steps left out in a row at which the run stops."""
     new_level_after: int = field(default=4, **OPERATIONAL)
     """Steps left out in a row for their gradient's norm alone, after which the next such step counts and the window
-    begins with it: a model that starts to learn something new; 0: never."""
+    begins with it: the weights are the cause, not the data, and do not change without a step; 0: never."""
     llm_bottom: int | None = None
     """Layers of the language model, from the first on, that `freeze_llm_bottom` freezes; decided before the run."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.naive import Batch, Memory, NaiveVLM, at_least_one, lay_out, normalise, pad
 from fvlm.data.batch import LoadedSample
 from fvlm.model import FoveatedVLM
+from fvlm.model.base import ATTENTION
 from fvlm.model.encoder import projections
 from fvlm.model.packed import PackedBatch, SampleRows, assemble
 from fvlm.train.preference import answer_logprobs
@@ -147,7 +148,7 @@ class Packed(LossPositions):
 
     def __init__(self, model: FoveatedVLM):
         super().__init__(model)
-        self.llm.config._attn_implementation = "fvlm"  # registered by fvlm.model.base
+        self.llm.config._attn_implementation = ATTENTION
 
     def fill(self, batch: PackedBatch, text: Tensor, tokens: Tensor) -> Tensor:
         """[T+1, d]; the last row takes an empty frame's token."""

@@ -38,7 +38,9 @@ def family(pid: int) -> list[int]:
     return [pid, *map(int, listed.split())]
 
 
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, (0, 1)), (signal.SIGUSR1, (1,))])
+@pytest.mark.parametrize(
+    ("number", "told"), [pytest.param(signal.SIGTERM, (0, 1), marks=pytest.mark.slow), (signal.SIGUSR1, (1,))]
+)
 def test_ranks_end_together_with_75_and_the_same_command_goes_on(shards, tmp_path, number, told):
     command = arguments(shards, tmp_path / "stopped", WORKERS)
     processes = launch(command, 2)

@@ -42,7 +42,7 @@ CHANGES = {
     "A8_4": {"data.mixture.looks": 4},
     "A8_16": {"data.mixture.looks": 16},
     "B1": {"model.architecture": "multi_token", "model.grid": 16},
-    "B1_batch": {"model.architecture": "multi_token", "model.grid": 16, "train.packs_per_step": 5},
+    "B1_batch": {"model.architecture": "multi_token", "model.grid": 16, "train.packs_per_step": 2},
     "D1": {
         "data.mixture.kinds": {"video": 55, "image": 30, "text": 15, "images": 0},
         "data.mixture.text_share": None,

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -27,12 +26,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import torch
 
 from fvlm.config import CONFIGS, REPOSITORY
 from fvlm.research.records import read_json
 from fvlm.research.speedrun_cost import Rate, command_flops, known_rate
+from fvlm.research.study import told_to_stop
 from fvlm.research.workload import StatedSample
 from fvlm.schema import ConfigError, build, read_mapping, require, resolve
 from fvlm.train.describe import write_json
@@ -103,15 +104,14 @@ class Machine:
 
 
 class Runner:
-    """Carries out commands, one at a time, and passes on the signals that end it."""
+    """Carries out commands, one at a time."""
 
     def __init__(self, machine: Machine):
         self.environment, self.stopping = machine.environment(), False
         self._child: subprocess.Popen | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
 
-    def _stop(self, *_) -> None:
+    def stop(self, *_: Any) -> None:
+        """End the command at work, which saves; a signal's handler."""
         self.stopping = True
         if self._child is not None:
             self._child.terminate()
@@ -129,8 +129,11 @@ class Runner:
 
 def speedrun(scale: Scale, name: str, machine: Machine) -> int:
     """Carry out the steps that are not done; the exit code."""
-    record = _record(machine.out, name)
-    runner = Runner(machine)
+    with told_to_stop(Runner(machine)) as runner:
+        return _go(scale, _record(machine.out, name), machine, runner)
+
+
+def _go(scale: Scale, record: dict, machine: Machine, runner: Runner) -> int:
     for number, step in enumerate(scale.steps, 1):
         title = f"[{number}/{len(scale.steps)}] {step.name}"
         known = record["steps"].get(step.name)

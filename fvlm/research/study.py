@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -77,7 +77,7 @@ def run_study(
     names = with_needed([run.name for run in runs] if only is None else only, runs)
     chosen = [run for run in runs if run.name in names]
     out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out) as lock, _told_to_stop(Children(lock)) as children:
+    with _alone_in(out) as lock, told_to_stop(Children(lock)) as children:
         configs = write_plan(runs, base, out)
         needed = {run.after for run in runs if run.after} if not keep_checkpoints else {run.name for run in runs}
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -137,12 +137,25 @@ def _alone_in(out: Path) -> Iterator[IO[str]]:
         yield file
 
 
+class Stoppable(Protocol):
+    """Has processes at work."""
+
+    def stop(self, *_: Any) -> None:
+        """Tell them to end."""
+
+
+Worker = TypeVar("Worker", bound=Stoppable)
+
+
 @contextmanager
-def _told_to_stop(children: Children) -> Iterator[Children]:
-    """SIGTERM and SIGINT end the children, which save."""
-    before = {number: signal.signal(number, children.stop) for number in SIGNALS}
+def told_to_stop(worker: Worker) -> Iterator[Worker]:
+    """SIGTERM and SIGINT end its processes, which save; whatever else ends the block ends them too."""
+    before = {number: signal.signal(number, worker.stop) for number in SIGNALS}
     try:
-        yield children
+        yield worker
+    except BaseException:
+        worker.stop()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

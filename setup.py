@@ -36,6 +36,7 @@ setup(
         "pyarrow",
         "aiohttp",
         "tqdm",
+        "psutil",
         "matplotlib",
     ],
     extras_require={

@@ -32,7 +32,7 @@ examples:
   python -m benchmarks.scaling
   python -m benchmarks.scaling --write                                  (tables and plot of docs/scaling.md)
   python -m benchmarks.scaling --model 135m --gpu h200 --step-time 0.08
-  python -m benchmarks.scaling --model 135m --gpu h200 --measured benchmarks/results/throughput-h200.json
+  python -m benchmarks.scaling --model 135m --gpu h200 --measured benchmarks/results/throughput-135m-stage2-<gpu>.json
   python -m benchmarks.scaling --validate
 """
 DOCUMENT = ROOT / "docs" / "scaling.md"

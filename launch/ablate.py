@@ -22,11 +22,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fvlm.config import load_config
-from fvlm.research.ablation_matrix import load_matrix
-from fvlm.research.ablation_results import write_results
-from fvlm.research.ablations import describe, plan_ablations
-from fvlm.research.study import Launcher, collect, read_plan, run_study
-from fvlm.research.verdicts import answer
+from fvlm.research.ablation.arms import describe, plan_ablations
+from fvlm.research.ablation.matrix import load_matrix
+from fvlm.research.ablation.results import write_results
+from fvlm.research.ablation.verdicts import said
+from fvlm.research.study.runner import Launcher, collect, read_plan, run_study
 from fvlm.schema import ConfigError
 
 
@@ -68,7 +68,7 @@ def ablate(args: argparse.Namespace) -> int:
         code = run_study(plan.runs, base, out, launcher=launcher, only=plan.chosen, keep_checkpoints=keep).exit_code
     verdicts = write_results(matrix, plan, base.name, out, args.log or out / "experiments.md")
     for name, found in verdicts.items():
-        print(f"{name:10} {answer(found):13} {matrix.questions[name].asks}")
+        print(f"{name:10} {said(found):22} {matrix.questions[name].asks}")
     print(f"ablate: {out / 'ablations.md'}")
     return code
 

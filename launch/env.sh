@@ -25,7 +25,7 @@ _fvlm_env() {
     TORCH_EXTENSIONS_DIR CUDA_CACHE_PATH MPLCONFIGDIR WANDB_DIR WANDB_CACHE_DIR WANDB_DATA_DIR TMPDIR; do
     mkdir -p "${!variable}" || return 1
   done
-  for folder in runs shards demo; do
+  for folder in runs shards data demo; do
     mkdir -p "$volume/$folder" || return 1
     if [ -L "$repository/$folder" ] || [ ! -e "$repository/$folder" ]; then
       ln -sfn "$volume/$folder" "$repository/$folder" || return 1

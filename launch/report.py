@@ -1,9 +1,9 @@
 """Write what records say, as markdown with figures: of a run, of several stages, of studies; nothing is computed anew.
 
-python launch/report.py runs/demo --compare runs/demo_coarse runs/demo_pooled4 --out runs/demo/report.md
-python launch/report.py --card runs/stage1 runs/stage2 runs/dpo --study studies/ablations --out report.md
-python launch/report.py --figures studies/ablations studies/grid --out figures
-python launch/report.py --go-no-go studies/ablations studies/grid runs/stage1 --out go-no-go.md
+python launch/report.py runs/demo --compare runs/demo-coarse runs/demo-pooled-4 --out runs/demo/report.md
+python launch/report.py --card runs/stage1_135m runs/stage2_135m runs/dpo_135m --study runs/ablations --out report.md
+python launch/report.py --figures runs/ablations runs/grid --out figures
+python launch/report.py --go-no-go runs/ablations runs/grid runs/stage1_135m --out go-no-go.md
 
 --card: progress by stage, cost, environment, sample outputs. --figures: all figures that a study's results.csv,
 families.csv, curves.csv and fits.json hold (yours will do, with the same columns), listed in figures.md; the rest with
@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fvlm.config import REPOSITORY
 from fvlm.research.card import write_card
-from fvlm.research.gonogo import as_markdown, check, go, open_subject, verdict
+from fvlm.research.figures.catalogue import write_figures
+from fvlm.research.gonogo.checks import as_markdown, check, go, open_subject, verdict
 from fvlm.research.report import write_report, write_text
-from fvlm.research.study_figures import write_figures
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fvlm.config import load_config
-from fvlm.research.grid import GridRun, load_grid, plan_grid
-from fvlm.research.optimal import write_fits
-from fvlm.research.study import Launcher, run_study
+from fvlm.research.scaling.grid import GridRun, load_grid, plan_grid
+from fvlm.research.scaling.optimal import write_fits
+from fvlm.research.study.runner import Launcher, run_study
 from fvlm.schema import ConfigError
 
 

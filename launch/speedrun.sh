@@ -7,4 +7,4 @@ if [ -z "${PYTHON:-}" ]; then
   make --no-print-directory install >&2
   PYTHON=.venv/bin/python
 fi
-exec "$PYTHON" -m fvlm.research.speedrun "$@"
+exec "$PYTHON" -m fvlm.research.speedrun.run "$@"

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from fvlm.config import RunConfig
+from fvlm.data.chat import Layout
 from fvlm.data.shard import find_shards
 from fvlm.evaluate.attention import save_maps
 from fvlm.evaluate.preference import preference_figures
@@ -26,12 +27,12 @@ def validation_suite(config: RunConfig, data: TrainingData, world: World) -> Sui
     """
     if not config.data.val:
         return None
-    chosen = config.evaluation
+    chosen, shown = config.evaluation, mixture(config)
     try:
         suite = build_suite(
             find_shards(list(config.data.val)),
             data.tokenizer,
-            mixture(config),
+            shown,
             image_size=config.model.frame_size,
             device=world.device,
             tasks=chosen.tasks,
@@ -39,6 +40,7 @@ def validation_suite(config: RunConfig, data: TrainingData, world: World) -> Sui
             tokens=chosen.tokens,
             most_samples=chosen.samples,
             most_questions=chosen.questions,
+            layout=Layout.QUESTION_FIRST if shown.question_first == 1 else Layout.VIDEO_FIRST,  # as it is trained
             cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else None,
         )
     except (ValueError, OSError) as error:

@@ -1,1 +1,1 @@
-"""From the records of runs to figures and reports; reads files only, never a model."""
+"""From the records of runs and studies to verdicts, fits, figures and reports."""

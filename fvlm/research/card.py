@@ -16,8 +16,8 @@ from fvlm.research.reading import headline_task, percent, reading, with_interval
 from fvlm.research.records import RunRecords, read_run
 from fvlm.research.report import Figures, write_text
 from fvlm.research.sections import MODES, table
-from fvlm.research.study_records import StudyRecords, read_study
-from fvlm.research.study_rows import accuracy_spread, loss_spread
+from fvlm.research.study.records import StudyRecords, read_study
+from fvlm.research.study.rows import accuracy_spread, loss_spread
 from fvlm.research.style import MODE_NAMES
 
 INTRODUCTION = (

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import yaml
 
-from fvlm.research.study import Launcher
+from fvlm.research.study.runner import Launcher
 
 MATRIX = {
     "reference": "base",
@@ -58,9 +58,9 @@ def test_from_the_plan_to_the_verdict(ablate, tmp_path, capsys):
     assert 'train.mode: "coarse_fine" → "coarse_only"' in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     assert ablate() == 0
-    assert "look       yes           Does looking help?" in capsys.readouterr().out
+    assert "look       yes, on one seed       Does looking help?" in capsys.readouterr().out
     out = tmp_path / "runs" / "m-study"
-    assert "| look | Does looking help? | yes | base 90.0 %" in (out / "ablations.md").read_text()
+    assert "| look | Does looking help? | yes, on one seed | base 90.0 %" in (out / "ablations.md").read_text()
     log = (out / "experiments.md").read_text()
     results = (out / "results.csv").read_bytes()
     (out / "results.csv").unlink()

@@ -9,7 +9,7 @@ from typing import Any
 
 from fvlm.evaluate.maps import save_clip
 from fvlm.evaluate.statistics import wilson_interval
-from fvlm.research.optimal import write_fits
+from fvlm.research.scaling.optimal import write_fits
 from tests.research.made_up import CHANCE, make_clip
 
 COMMIT = "0123abcdef0123abcdef"

@@ -11,11 +11,11 @@ import yaml
 
 from fvlm.config import load_config
 from fvlm.evaluate.statistics import wilson_interval
-from fvlm.research.ablation_matrix import Comparison, Rule, load_matrix
-from fvlm.research.ablation_results import write_results
-from fvlm.research.ablations import plan_ablations
-from fvlm.research.study_records import read_study
-from fvlm.research.verdicts import Measured, improvement, judge
+from fvlm.research.ablation.arms import plan_ablations
+from fvlm.research.ablation.matrix import Comparison, Rule, load_matrix
+from fvlm.research.ablation.results import write_results
+from fvlm.research.ablation.verdicts import Deviation, Measured, improvement, judge, said, student_t
+from fvlm.research.study.records import read_study
 
 HIGHER = Rule(metric="accuracy", better="higher")
 LOSS = Rule(metric="val_loss", better="lower")
@@ -33,8 +33,9 @@ MATRIX = {
 ACCURACY = {"base": 0.60, "better": 0.80, "worse": 0.30, "same": 0.61}
 
 
-def plant(out: Path, accuracies: dict[str, list[float]], n: int = 100, failed: tuple[str, ...] = ("broken",)) -> None:
-    """results.csv and families.csv with the given accuracies of each arm, one a seed."""
+def plant(out: Path, accuracies: dict[str, list[float]], n: int = 100, failed: dict[str, int] | None = None) -> None:
+    """results.csv and families.csv with the given accuracies of each arm, one a seed; `failed`: arm → seed."""
+    failed = {"broken": 0} if failed is None else failed
     columns = ["run", "status", "reason", "seed", "arm", "changed", "trained_mode", "task", "chance", "config_hash"]
     columns += ["accuracy_coarse_fine", "low_coarse_fine", "high_coarse_fine"]
     rows, families = [], []
@@ -44,7 +45,7 @@ def plant(out: Path, accuracies: dict[str, list[float]], n: int = 100, failed: t
             name = f"{arm}-s{seed}"
             rows.append([name, "done", "", seed, arm, "", "coarse_fine", "slots", 0.125, "ab", value, low, high])
             families.append([name, "coarse_fine", "mc", "synthetic/ask", n, value, low, high, 0.125, ""])
-    rows += [[f"{arm}-s0", "failed", "train: it broke", 0, arm, *[""] * 8] for arm in failed]
+    rows += [[f"{arm}-s{seed}", "failed", "train: it broke", seed, arm, *[""] * 8] for arm, seed in failed.items()]
     out.mkdir(parents=True, exist_ok=True)
     header = ["run", "mode", "task", "source", "n", "accuracy", "low", "high", "chance", "loss"]
     for name, head, body in (("results.csv", columns, rows), ("families.csv", header, families)):
@@ -73,7 +74,7 @@ def test_seeds_add_students_interval():
     """Exact measurements of (1, 2, 3) and (2, 4, 6): pooled s² = 2.5, t(4) = 2.776."""
     one, other = (Measured(values=v, lows=v, highs=v) for v in ((1.0, 2.0, 3.0), (2.0, 4.0, 6.0)))
     gain, low, high = improvement(other, one, "higher")
-    half = 2.776 * math.sqrt(2.5 * (1 / 3 + 1 / 3))
+    half = 2.776445 * math.sqrt(2.5 * (1 / 3 + 1 / 3))
     assert (gain, low, high) == (2.0, pytest.approx(2 - half), pytest.approx(2 + half))
     alone = Measured(values=(5.0,), lows=(4.0,), highs=(6.0,))
     assert improvement(alone, alone, "higher") == (0, pytest.approx(-math.sqrt(2)), pytest.approx(math.sqrt(2)))
@@ -113,6 +114,76 @@ def test_the_first_rule_that_both_have_decides_and_seeds_that_disagree_settle_no
     assert "3 and 3 seeds" in found.words()
 
 
+def test_students_t_is_that_of_the_tables():
+    """Two-sided, as printed in any table of the distribution."""
+    known = {
+        (0.95, 1): 12.706,
+        (0.95, 2): 4.303,
+        (0.95, 5): 2.571,
+        (0.95, 30): 2.042,
+        (0.99, 4): 4.604,
+        (0.9, 3): 2.353,
+    }
+    for (confidence, freedom), t in known.items():
+        assert student_t(confidence, freedom) == pytest.approx(t, abs=5e-4)
+    assert student_t(0.95, 4000) == pytest.approx(1.9605, abs=1e-4)
+
+
+def test_what_seeds_differ_by_is_known_from_the_whole_study(tmp_path):
+    """Arms run once beside others whose seeds differ by ± 10 points: 4 degrees of freedom, s = 0.1414."""
+    repeated = {f"other{number}": [0.4, 0.6] for number in range(4)}
+    plant(tmp_path, {"base": [0.5], "better": [0.8], **repeated}, n=10**6)
+    found = judge(read_study(tmp_path), Comparison(of="better", against="base"), [HIGHER])
+    half = 2.776 * math.sqrt(4 * 0.02 / 4) * math.sqrt(2)
+    assert found.gain == (
+        pytest.approx(0.3),
+        pytest.approx(0.3 - half, abs=0.002),
+        pytest.approx(0.3 + half, abs=0.002),
+    )
+    assert found.knows_seeds
+    assert said([found]) == "not resolved"
+    plant(tmp_path, {"base": [0.5], "better": [0.8]}, n=10**6)
+    found = judge(read_study(tmp_path), Comparison(of="better", against="base"), [HIGHER])
+    assert said([found]) == "yes, on one seed"
+    assert Deviation.of([[0.4, 0.6], [], [0.5]]) == Deviation(squares=pytest.approx(0.02), freedom=1)
+
+
+def test_several_ways_to_a_yes_make_each_of_them_harder(tmp_path):
+    """62 against 48 of 100 is resolved alone, and not as one of four."""
+    plant(tmp_path, {"base": [0.48], "better": [0.62]})
+    answers = [
+        judge(read_study(tmp_path), Comparison(of="better", against="base"), [HIGHER], out_of).answer
+        for out_of in (1, 4)
+    ]
+    assert answers == ["yes", "not resolved"]
+
+
+def test_an_arm_of_which_seeds_failed_is_no_yes(tmp_path):
+    plant(tmp_path, {"base": [0.5, 0.5], "better": [0.9, 0.9]}, failed={"better": 2})
+    found = judge(read_study(tmp_path), Comparison(of="better", against="base"), [HIGHER])
+    assert (found.answer, found.sides[0].failed) == ("not resolved", 1)
+    assert "1 of better failed" in found.words()
+    assert judge(read_study(tmp_path), Comparison(of="base", against="better"), [HIGHER]).answer == "no"
+
+
+def test_all_multiple_choice_questions_count_alike(tmp_path):
+    """10 of 20 and 90 of 180 and 30 of 100 are 130 of 300."""
+    plant(tmp_path, {"base": [0.5]}, n=20)
+    with (tmp_path / "families.csv").open("a", newline="") as file:
+        for mode, source, n, accuracy in (
+            ("coarse_fine", "cue", 180, 0.5),
+            ("coarse_fine", "still", 100, 0.3),
+            ("autoregressive", "cue", 40, 0.25),
+        ):
+            csv.writer(file).writerow(["base-s0", mode, "mc", source, n, accuracy, 0, 1, 0.125, ""])
+    pair, study = Comparison(of="base", against="base"), read_study(tmp_path)
+    whole = judge(study, pair, [Rule(metric="mc", better="higher")]).sides[0]
+    assert whole.values == (pytest.approx(130 / 300),)
+    assert (whole.lows[0], whole.highs[0]) == pytest.approx(wilson_interval(130, 300))
+    stream = judge(study, pair, [Rule(metric="mc_autoregressive", better="higher")]).sides[0]
+    assert stream.values == (0.25,)
+
+
 def test_the_page_and_the_log(tmp_path):
     for question in MATRIX["questions"].values():
         question |= {"if_yes": "take it", "if_no": "leave it", "if_open": "repeat it"}
@@ -122,8 +193,11 @@ def test_the_page_and_the_log(tmp_path):
     plant(out, {arm: [value] for arm, value in ACCURACY.items()})
     write_results(matrix, plan, "study", out, log)
     page = (out / "ablations.md").read_text()
-    assert "| good | Is it better? | yes | better 80.0 %, base 60.0 % (accuracy): better by +20.0 points" in page
-    assert "| bad | Is that one? | no |" in page
+    assert (
+        "| good | Is it better? | yes, on one seed | better 80.0 %, base 60.0 % (accuracy): better by +20.0 points"
+        in page
+    )
+    assert "| bad | Is that one? | no, on one seed |" in page
     assert "| equal | Or this? | not resolved |" in page
     assert "| unknown | And that, which broke? | not measured |" in page
     assert [page.count(words) for words in ("take it", "leave it", "repeat it")] == [1, 1, 1]

@@ -12,10 +12,10 @@ import yaml
 from fvlm.config import identity, load_config
 from fvlm.data.order import SampleOrder
 from fvlm.data.plan import Capacities, Plan
-from fvlm.research.ablation_matrix import load_matrix
-from fvlm.research.ablations import describe, plan_ablations
-from fvlm.research.study import PlannedRun
-from fvlm.research.study_plan import write_plan
+from fvlm.research.ablation.arms import describe, plan_ablations
+from fvlm.research.ablation.matrix import load_matrix
+from fvlm.research.study.plan import write_plan
+from fvlm.research.study.runner import PlannedRun
 from fvlm.schema import ConfigError
 from fvlm.train.build import mixture
 from tests.data.tables import draw_table
@@ -57,8 +57,14 @@ CHANGES = {
     "G": {"train.fine_iterations": [1, 2]},
     "G_third": {"train.fine_iterations": [1, 1, 2]},
     "N_0": {"data.mixture.narrated": 0.0},
+    "N_half": {"data.mixture.narrated": 0.5},
     "N_all": {"data.mixture.narrated": 1.0},
+    "N_first": {"data.mixture.narrated": 0.0, "train.total_samples": 20000},
+    "N_second": {"train.total_samples": 20000},
+    "N_both": {"train.total_samples": 20000},
 }
+STARTS = {"F1": "P", "F2": "P", "F3_P": "P", "N_first": "H", "N_second": "H_0", "N_both": "H"}
+CLIPS_ALONE = {"B1_batch", "N_first", "N_second", "N_both"}
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +98,9 @@ def test_all_of_the_list_and_each_arm_only_what_it_says(matrix, base_135m, tmp_p
     assert set(matrix.arms) == set(CHANGES)
     assert "A7" in matrix.questions  # a comparison of runs that are there
     assert plan.same_as == {"F3_P": "F3", "N_0": "F3"}
-    assert set(plan.left_out) == {"P", "B1_batch"}
+    assert set(plan.left_out) == {"P", "B1_batch", "N_stage"}
     configs = write_plan(plan.runs, base_135m, tmp_path)
-    assert {run.labels["arm"] for run in plan.runs} == set(CHANGES) - {*plan.same_as, "B1_batch"}
+    assert {run.labels["arm"] for run in plan.runs} == set(CHANGES) - {*plan.same_as, *CLIPS_ALONE}
     for run in plan.runs:
         found = changed(base_135m, configs[run.name])
         assert matches(found, CHANGES[run.labels["arm"]]), (run.name, found)
@@ -112,13 +118,24 @@ def test_on_drawn_clips(matrix, study, tmp_path):
         arm, found = run.labels["arm"], changed(study, configs[run.name])
         expected = dict(CHANGES.get(arm, {}))
         expected |= {key: relative[arm] for key in expected if arm in relative}
-        expected |= {"init_from": str(OUT / "P-s0")} if arm in ("F1", "F2", "F3_P") else {}
+        start = f"{STARTS[arm]}-s0" if arm in STARTS else None
+        expected |= {"init_from": str(OUT / start)} if start else {}
         expected.pop("data.mixture.text_share", None)  # null already
-        if arm != "P":
+        if arm not in matrix.starts:
             assert matches(found, expected), (run.name, found)
-        assert run.after == ("P-s0" if "init_from" in expected else None)
+        assert run.after == start
     names = [run.name for run in plan.runs]
-    assert names.index("P-s0") < names.index("F1-s0")
+    assert all(names.index(f"{start}-s0") < names.index(f"{arm}-s0") for arm, start in STARTS.items())
+
+
+def test_further_seeds_start_from_runs_of_their_own(matrix, study):
+    plan = plan_ablations(matrix, study, OUT, only=["N_stage"], seeds=[0, 1])
+    runs = {run.name: run for run in plan.runs}
+    for seed in (0, 1):
+        assert runs[f"N_second-s{seed}"].after == f"H_0-s{seed}"
+        assert f'init_from="{OUT}/H_0-s{seed}"' in runs[f"N_second-s{seed}"].overrides
+        assert f"train.seed={seed}" in runs[f"H_0-s{seed}"].overrides
+    assert "H_0-s1" not in plan.chosen  # the study carries it out all the same, being needed
 
 
 def test_all_arms_see_the_same_samples_but_those_that_are_marked(matrix, study, tmp_path):
@@ -131,12 +148,12 @@ def test_all_arms_see_the_same_samples_but_those_that_are_marked(matrix, study, 
     table = draw_table(1500, sources)
     plan = plan_ablations(matrix, study, OUT)
     configs = write_plan(plan.runs, study, tmp_path)
-    assert plan.other_samples == {"D1"}
+    assert plan.other_samples == {"D1", "N_first", "N_second", "N_both"}  # half as many
     first = SampleOrder(table, mixture(study), 0).take(0, 1200)[0]
     windows = {}
     for run in plan.runs:
         config = configs[run.name]
-        if run.labels["arm"] == "P":
+        if run.labels["arm"] in matrix.starts or config.train.total_samples != study.train.total_samples:
             continue
         rows = SampleOrder(table, mixture(config), config.train.seed).take(0, 1200)[0]
         assert np.array_equal(rows, first) == (run.labels["arm"] not in plan.other_samples), run.name
@@ -155,7 +172,7 @@ def test_what_is_printed(matrix, study):
     assert "\n ~D1 " in text
     assert "T: Is a task mix" in text
     assert "left out: it names sources of real data" in text
-    assert "judged by accuracy_autoregressive (higher by more than 0)" in text
+    assert "judged by mc_autoregressive (higher by more than 0.02), else accuracy_autoregressive" in text
     for question in matrix.questions.values():
         assert question.asks in text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fvlm.research.fits import NAMES, fit_loss_law, fit_parabola, fit_power
+from fvlm.research.scaling.fits import NAMES, fit_loss_law, fit_parabola, fit_power
 
 PLANTED = {"E": 1.7, "A": 400.0, "alpha": 0.35, "B": 250.0, "beta": 0.30}
 SIZES = np.geomspace(3e6, 1e9, 7)

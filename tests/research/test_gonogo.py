@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from fvlm.research import gonogo_rules as rules
-from fvlm.research.gonogo import as_markdown, check, go, open_subject, verdict
-from fvlm.research.gonogo_rules import FAIL, NOT_MEASURED, PASS
+from fvlm.research.gonogo import rules
+from fvlm.research.gonogo.checks import as_markdown, check, go, open_subject, verdict
+from fvlm.research.gonogo.rules import FAIL, NOT_MEASURED, PASS
 from fvlm.research.records import read_run
 from fvlm.research.tables import Table
 from fvlm.train.metrics import CSV_COLUMNS

@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from fvlm.research.optimal import fit_grid, write_fits
-from fvlm.research.study_rows import study_runs
+from fvlm.research.scaling.optimal import fit_grid, write_fits
+from fvlm.research.study.rows import study_runs
 from fvlm.research.tables import Table
 
 SIZES = (1e7, 3e7, 1e8, 3e8, 1e9)

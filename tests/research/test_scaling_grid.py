@@ -12,10 +12,10 @@ import yaml
 
 from fvlm.config import REPOSITORY, load_config
 from fvlm.model.flops import Sample, flops_per_sample
-from fvlm.research.grid import load_grid, plan_grid
-from fvlm.research.study import Launcher
+from fvlm.research.scaling.grid import load_grid, plan_grid
+from fvlm.research.study.runner import Launcher
+from fvlm.research.study.workload import StatedSample, workload
 from fvlm.research.tables import read_csv
-from fvlm.research.workload import StatedSample, workload
 from fvlm.schema import ConfigError
 from fvlm.train.build import geometry, load_data
 from fvlm.train.work import step_flops
@@ -75,9 +75,9 @@ def test_a_grid_spends_equal_operations_and_its_extras_equal_samples(grid_file):
         assert 3 <= -(-each.steps // config.train.eval_every) <= 4
         if labels["comparison"] == "isoflop":
             assert each.flops == pytest.approx(labels["budget"], rel=0.01)
-    pooled, extra = runs["m-pooled-C2"], runs["m-pooled-C2-samples"]
-    assert pooled.samples < runs["m-foveated-C2"].samples == extra.samples
-    assert extra.flops > pooled.flops == pytest.approx(runs["m-foveated-C2"].flops, rel=0.01)
+    pooled, extra = runs["m-pooled-C2-s42"], runs["m-pooled-C2-samples-s42"]
+    assert pooled.samples < runs["m-foveated-C2-s42"].samples == extra.samples
+    assert extra.flops > pooled.flops == pytest.approx(runs["m-foveated-C2-s42"].flops, rel=0.01)
     assert extra.run.labels["comparison"] == "isosample"
 
 
@@ -86,7 +86,7 @@ def test_seeds_and_budgets_from_the_command_line(grid_file):
     assert rest == ["train.clip=0.5"]
     assert (grid.seeds, grid.budgets["C1"]) == ((1, 2), 1e12)
     names = [each.run.name for each in plan_grid(grid, rest)]
-    assert "s-foveated-C1-1" in names
+    assert "s-foveated-C1-s1" in names
     assert len(names) == 20
 
 
@@ -200,35 +200,38 @@ def test_a_grid_that_is_stopped_goes_on_and_gives_the_same_tables(command, grid_
     for out in (whole, stopped):
         out.parent.mkdir()
     assert command(["--grid", str(grid_file), "--out", str(whole), ONE_SIZE]) == 0
-    (stopped.parent / "stop-at-m-foveated-C2").touch()
+    (stopped.parent / "stop-at-m-foveated-C2-s42").touch()
     assert command(["--grid", str(grid_file), "--out", str(stopped), ONE_SIZE]) == 75
     assert "not_run" in (stopped / "results.csv").read_text()
     assert command(["--grid", str(grid_file), "--out", str(stopped), ONE_SIZE]) == 0
     for name in ("results.csv", "curves.csv", "families.csv", "fits.json", "fits.md"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
     begun = (stopped.parent / "begun.txt").read_text().split()
-    assert sorted(begun) == sorted([*set(begun), "m-foveated-C2"])  # that one alone twice
+    assert sorted(begun) == sorted([*set(begun), "m-foveated-C2-s42"])  # that one alone twice
     assert len(set(begun)) == 6
 
 
 def test_a_failed_run_is_a_row_with_its_reason(command, grid_file, tmp_path, capsys):
     (tmp_path / "c").mkdir()
     out = tmp_path / "c" / "out"
-    (out.parent / "fail-at-m-pooled-C1").touch()
+    (out.parent / "fail-at-m-pooled-C1-s42").touch()
     assert command(["--grid", str(grid_file), "--out", str(out), ONE_SIZE]) == 1
     table = read_csv(out / "results.csv")
     assert len(table) == 6
-    row = table.where(run="m-pooled-C1")
+    row = table.where(run="m-pooled-C1-s42")
     assert (row.text("status"), row.text("reason")) == (["failed"], ["train: train: out of memory"])
     assert table.text("status").count("done") == 5
-    assert "`m-pooled-C1`: failed: train: train: out of memory" in (out / "fits.md").read_text()
+    assert "`m-pooled-C1-s42`: failed: train: train: out of memory" in (out / "fits.md").read_text()
     assert float(row.text("budget")[0]) == load_grid(str(grid_file))[0].budgets["C1"]
 
 
 def test_runs_by_name_and_changes_behind_them(command, grid_file, tmp_path):
     (tmp_path / "d").mkdir()
     out = tmp_path / "d" / "out"
-    assert command(["--grid", str(grid_file), "--out", str(out), "--only", "m-pooled-C1", "m-pooled-C2", ONE_SIZE]) == 0
+    assert (
+        command(["--grid", str(grid_file), "--out", str(out), "--only", "m-pooled-C1-s42", "m-pooled-C2-s42", ONE_SIZE])
+        == 0
+    )
     statuses = read_csv(out / "results.csv").text("status")
     assert statuses == ["not_run", "not_run", "done", "done", "not_run", "not_run"]
     assert command(["--grid", str(grid_file), "--out", str(out), "--only", "nothing", ONE_SIZE]) == 2
@@ -237,7 +240,7 @@ def test_runs_by_name_and_changes_behind_them(command, grid_file, tmp_path):
 def test_a_dry_run_prints_the_plan_and_trains_nothing(command, grid_file, tmp_path, capsys):
     assert command(["--grid", str(grid_file), "--out", str(tmp_path / "none"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "m-pooled-C2-samples" in printed
+    assert "m-pooled-C2-samples-s42" in printed
     assert "10 runs" in printed
     assert not (tmp_path / "none").exists()
 

@@ -18,9 +18,9 @@ import yaml
 from fvlm.config import REPOSITORY, load_config
 from fvlm.data.chat import load_tokenizer
 from fvlm.model.flops import Sample, flops_per_sample
-from fvlm.research.speedrun import SCALES, Machine, load_scale, main
-from fvlm.research.speedrun_cost import command_flops, known_rate
-from fvlm.research.workload import StatedSample
+from fvlm.research.speedrun.cost import command_flops, known_rate
+from fvlm.research.speedrun.run import SCALES, Machine, load_scale, main
+from fvlm.research.study.workload import StatedSample
 from fvlm.schema import ConfigError
 from fvlm.train.build import geometry
 
@@ -74,7 +74,7 @@ def test_a_no_ends_the_road_unless_the_step_may_say_no(tmp_path):
 def test_a_signal_ends_the_command_and_the_same_call_goes_on(tmp_path):
     waits = "python -c \"import time, pathlib; pathlib.Path('$out/began').touch(); time.sleep(60)\""
     scale = scale_file(tmp_path, {"run": [NOTE + "a"]}, {"run": [waits]})
-    command = [sys.executable, "-m", "fvlm.research.speedrun", "--scale", scale, "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "fvlm.research.speedrun.run", "--scale", scale, "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "began").exists() and time.monotonic() < deadline:
@@ -84,6 +84,31 @@ def test_a_signal_ends_the_command_and_the_same_call_goes_on(tmp_path):
     assert process.returncode == 75
     assert "stopped in s1; the same command goes on" in told
     assert run(tmp_path, {"run": [NOTE + "a"]}, {"run": [NOTE + "b"]}) == (0, "ab")
+
+
+LAUNCHER = """
+import os, pathlib, signal, subprocess, sys
+if "RANK" in os.environ:
+    signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1], "saved").touch(), os._exit(75)))
+    pathlib.Path(sys.argv[1], "began").touch()
+    signal.pause()
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, "RANK": "0"}).returncode)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_behind_a_launcher_that_passes_nothing_on_are_told_and_save(number, tmp_path):
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    scale = scale_file(tmp_path, {"run": [f"python {tmp_path}/launcher.py $out"]})
+    command = [sys.executable, "-m", "fvlm.research.speedrun.run", "--scale", scale, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "began").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)  # as Ctrl-C does; a study's SIGTERM reaches the process alone
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "out" / "saved").exists()
 
 
 def test_a_mistake_in_the_last_step_is_found_before_the_first(tmp_path, capsys):

@@ -14,13 +14,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fvlm.config import load_config
-from fvlm.research.study import Launcher, PlannedRun, collect, read_plan, run_study
-from fvlm.research.study_records import read_study
-from fvlm.research.study_run import evaluate_arguments, last_message
-from fvlm.research.study_tables import write_csv
+from fvlm.research.study.processes import evaluate_arguments, last_message
+from fvlm.research.study.records import read_study
+from fvlm.research.study.runner import Launcher, PlannedRun, collect, read_plan, run_study
+from fvlm.research.study.tables import write_csv
 from fvlm.schema import ConfigError
 
 FAKE = str(Path(__file__).with_name("fake_launch.py"))
@@ -96,10 +97,12 @@ def test_killed_and_restarted_gives_the_same_tables(base, tmp_path, monkeypatch)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_study(RUNS, base, whole, launcher=LAUNCHER)
     monkeypatch.setenv("FAKE_PAUSE", "0.15")
-    process = multiprocessing.get_context("fork").Process(target=_in_a_group, args=(base, killed))
+    study = {"target": run_study, "args": (RUNS, base, killed), "kwargs": {"launcher": LAUNCHER}}
+    process = multiprocessing.get_context("fork").Process(**study)
     process.start()
     wait_for(lambda: (killed / "coarse" / "metrics.jsonl").is_file(), process)
-    os.killpg(process.pid, signal.SIGKILL)  # with its children
+    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        each.kill()
     process.join()
     monkeypatch.setenv("FAKE_PAUSE", "0")
     torn = killed / "coarse" / "metrics.jsonl"
@@ -212,11 +215,6 @@ def test_cells(tmp_path):
     row = {"a": 0.1 + 0.2, "b": None, "c": float("nan"), "d": "x,y", "e": 7}
     write_csv(tmp_path / "t.csv", ["a", "b", "c", "d"], [row])
     assert (tmp_path / "t.csv").read_text() == 'a,b,c,d\n0.30000000000000004,,,"x,y"\n'
-
-
-def _in_a_group(base, out: Path) -> None:
-    os.setsid()
-    run_study(RUNS, base, out, launcher=LAUNCHER)
 
 
 def wait_for(condition, process=None, seconds: float = 60) -> None:

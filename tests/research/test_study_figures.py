@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from fvlm.evaluate.maps import load_clip, save_clip
-from fvlm.research import scaling_plots, study_arms, study_figures, study_plots, study_scaling
-from fvlm.research.study_figures import PLANS, write_figures
-from fvlm.research.study_records import NotDrawn, read_study
-from fvlm.research.study_rows import Spread, accuracy_spread
+from fvlm.research.figures import arm_figures, arm_plots, catalogue, scaling_figures, scaling_plots
+from fvlm.research.figures.catalogue import PLANS, write_figures
+from fvlm.research.study.records import NotDrawn, read_study
+from fvlm.research.study.rows import Spread, accuracy_spread
 from fvlm.research.style import STYLE
 from tests.research import made_up_study as made
 
@@ -45,7 +45,7 @@ def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("studies")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STYLE, "savefig.dpi", 50)
-        patch.setattr(study_figures, "PLANS", [plan for plan in PLANS if plan.name not in TWINS])
+        patch.setattr(catalogue, "PLANS", [plan for plan in PLANS if plan.name not in TWINS])
         path, _ = write_figures(write_studies(folder), folder / "figures")
     return path
 
@@ -58,7 +58,7 @@ def without_drawing(monkeypatch):
         stem = next(each for each in arguments if isinstance(each, Path))
         return stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
 
-    for module in (study_arms, study_scaling):
+    for module in (arm_figures, scaling_figures):
         for name in [name for name in vars(module) if name.startswith("plot_")]:
             monkeypatch.setattr(module, name, stems)
 
@@ -68,7 +68,7 @@ def only(monkeypatch):
     """only(name, ...): no other figures."""
 
     def choose(*names: str) -> None:
-        monkeypatch.setattr(study_figures, "PLANS", [plan for plan in PLANS if plan.name in names])
+        monkeypatch.setattr(catalogue, "PLANS", [plan for plan in PLANS if plan.name in names])
 
     return choose
 
@@ -209,10 +209,10 @@ def test_difference_of_two_shares_has_newcombes_interval():
     """The example of Newcombe's paper of 1998: 56/70 and 48/80, his method 10 gives 0.0524 to 0.3339."""
     shares = [Spread(values=(k / n,), low=low, high=high, bounded=True) for k, n, low, high in (
         (56, 70, *made.wilson_interval(56, 70)), (48, 80, *made.wilson_interval(48, 80)))]  # fmt: skip
-    value, low, high = study_arms._difference(*shares, "accuracy")
+    value, low, high = arm_figures._difference(*shares, "accuracy")
     assert (value, low, high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
     loose = Spread(values=(0.5,), low=0.5, high=0.5, bounded=False)
-    assert math.isnan(study_arms._difference(shares[0], loose, "accuracy")[1])
+    assert math.isnan(arm_figures._difference(shares[0], loose, "accuracy")[1])
 
 
 def test_families_are_in_the_order_of_what_looking_is_worth(tmp_path, monkeypatch):
@@ -223,9 +223,9 @@ def test_families_are_in_the_order_of_what_looking_is_worth(tmp_path, monkeypatc
         seen[scale] = series, differences
         return stem, stem
 
-    monkeypatch.setattr(study_arms, "plot_families", catch)
-    drawn = study_arms.draw_families(study, tmp_path / "x")
-    study_arms.draw_family_losses(study, tmp_path / "x")
+    monkeypatch.setattr(arm_figures, "plot_families", catch)
+    drawn = arm_figures.draw_families(study, tmp_path / "x")
+    arm_figures.draw_family_losses(study, tmp_path / "x")
     assert set(drawn.runs) == {"F3-s0", "F3-s1", "A6-s0", "B1-s0"}
     assert "a model trained with one fixed query" in drawn.caption
     series, differences = seen[100]
@@ -245,18 +245,18 @@ def test_clips_with_something_to_look_for_come_first_and_have_a_row_an_arm(tmp_p
         clip = load_clip(path)
         save_clip(replace(clip, look_at=np.full_like(clip.look_at, -1)), path)
     shown = []
-    monkeypatch.setattr(study_arms, "plot_strip", lambda clip, stem: shown.append(clip) or (stem, stem))
+    monkeypatch.setattr(arm_figures, "plot_strip", lambda clip, stem: shown.append(clip) or (stem, stem))
     study = read_study(folder)
-    first, second = (study_arms.draw_attention(number)(study, tmp_path / "x") for number in range(2))
+    first, second = (arm_figures.draw_attention(number)(study, tmp_path / "x") for number in range(2))
     assert [clip.key for clip in shown] == ["cue-1", "cue-0"]
     assert "the box marks" in first.caption
     assert "the box marks" not in second.caption
-    assert first.runs == ("F3-s0", "F1-s0", "LR2-s0", "A6-s0")
-    assert list(shown[0].maps) == ["F3", "F1", "LR2", "A6"]
+    assert first.runs == ("F3-s0", "A6-s0", "F1-s0", "LR2-s0")  # what looks otherwise comes first
+    assert list(shown[0].maps) == ["F3", "A6", "F1", "LR2"]
     own = load_clip(folder / "A6-s0" / "evaluation" / "maps" / "clip-01.npz").maps["coarse_only"]
     assert np.array_equal(shown[0].maps["A6"], own), "each arm in the mode that it trained"
     with pytest.raises(NotDrawn, match=r"maps of 2 clip\(s\)"):
-        study_arms.draw_attention(2)(study, tmp_path / "x")
+        arm_figures.draw_attention(2)(study, tmp_path / "x")
 
 
 def test_frontier_holds_what_nothing_cheaper_reaches():
@@ -269,19 +269,19 @@ def test_arms_that_cost_what_the_base_does_are_not_on_the_frontier(tmp_path, mon
     study = read_study(made.write_study(tmp_path / "a", made.ablation_rows(), maps=False))
     seen = {}
     monkeypatch.setattr(
-        study_scaling,
+        scaling_figures,
         "plot_efficiency",
         lambda points, *_, **__: seen.update(arms=[p[1] for p in points]) or (None, None),
     )
-    study_scaling.draw_efficiency(study, tmp_path / "x")
+    scaling_figures.draw_efficiency(study, tmp_path / "x")
     assert seen["arms"] == ["F3", "A6", "B1"]
 
 
 def isoflop_panel(study: Path, monkeypatch) -> tuple[dict[str, scaling_plots.Series], str]:
     """The foveated panel, and the caption."""
     seen = {}
-    monkeypatch.setattr(study_scaling, "plot_series", lambda panels, *_, **__: seen.update(panels) or (None, None))
-    caption = study_scaling.draw_isoflop(read_study(study), study / "x").caption
+    monkeypatch.setattr(scaling_figures, "plot_series", lambda panels, *_, **__: seen.update(panels) or (None, None))
+    caption = scaling_figures.draw_isoflop(read_study(study), study / "x").caption
     return seen["foveated, 1 token a frame"], caption
 
 
@@ -303,16 +303,18 @@ def test_refused_fits_are_not_drawn_and_the_reason_is_said(tmp_path, monkeypatch
     assert all(series.fit is None for series in panel.values())
     assert "no line for foveated, 1 token a frame, 1e+12 FLOPs: 2 size(s): a parabola needs 3" in caption
     with pytest.raises(NotDrawn, match="foveated, 1 token a frame: no budget has an optimum"):
-        study_scaling.draw_allocation(read_study(study), tmp_path / "x")
+        scaling_figures.draw_allocation(read_study(study), tmp_path / "x")
     with pytest.raises(NotDrawn, match="was refused: foveated, 1 token a frame: 2 sizes"):
-        study_scaling.draw_parametric(read_study(study), tmp_path / "x")
+        scaling_figures.draw_parametric(read_study(study), tmp_path / "x")
 
 
 def test_lowest_loss_at_a_budget_is_that_of_the_best_size(tmp_path, monkeypatch):
     folder = made.write_study(tmp_path / "g", made.grid_rows(), maps=False)
     seen = {}
-    monkeypatch.setattr(study_scaling, "plot_crossover", lambda lines, crossing, *_: seen.update(lines) or (None, None))
-    drawn = study_scaling.draw_crossover(read_study(folder), tmp_path / "x")
+    monkeypatch.setattr(
+        scaling_figures, "plot_crossover", lambda lines, crossing, *_: seen.update(lines) or (None, None)
+    )
+    drawn = scaling_figures.draw_crossover(read_study(folder), tmp_path / "x")
     assert "no fits.json to say whether they cross" in drawn.caption
     rows = made.grid_rows()
     for kind, architecture in (("foveated, 1 token a frame", "foveated"), ("16 pooled tokens a frame", "multi_token")):
@@ -324,7 +326,7 @@ def test_lowest_loss_at_a_budget_is_that_of_the_best_size(tmp_path, monkeypatch)
 
 
 def test_panels_keep_apart_as_many_arms_as_the_palette():
-    arms = {f"A{number}": [] for number in range(study_arms.LINES + 1)}
-    split = study_arms._split({"LR": arms, "Q": {"B": []}})
+    arms = {f"A{number}": [] for number in range(arm_figures.LINES + 1)}
+    split = arm_figures._split({"LR": arms, "Q": {"B": []}})
     assert {title: len(part) for title, part in split.items()} == {"LR (1)": 8, "LR (2)": 1, "Q": 1}
-    assert len(study_plots.MARKERS) >= study_arms.LINES
+    assert len(arm_plots.MARKERS) >= arm_figures.LINES

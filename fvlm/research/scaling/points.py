@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fvlm.research.fits import APART, DRAWS, LossLaw, fit_loss_law
-from fvlm.research.study_rows import StudyRun
+from fvlm.research.scaling.fits import APART, DRAWS, LossLaw, fit_loss_law
+from fvlm.research.study.rows import StudyRun
 
 SAME_BUDGET = 1.1  # runs without a stated budget whose operations differ by less have the same one
 FEWEST = 2  # degrees of freedom from which a spread says something
@@ -123,19 +123,20 @@ def _budgets(runs: list[StudyRun], flops: np.ndarray) -> tuple[np.ndarray, np.nd
 def _noise(
     sizes: np.ndarray, losses: np.ndarray, group: np.ndarray, law: LossLaw, stated: list[dict[str, float]]
 ) -> tuple[np.ndarray | None, str]:
-    """Standard deviation of each loss: the larger of what its interval says and what runs scatter by."""
-    half = np.array([(figures["high"] - figures["low"]) / 2 / NORMAL for figures in stated])
-    half = np.where(np.isfinite(half), half, 0.0)
+    """Standard deviation of each loss: what runs scatter by, else what its interval says.
+
+    The runs of a grid are asked the same validation samples. How these were drawn moves all losses alike, which is why
+    the interval over samples stands in only where nothing is known of how runs scatter.
+    """
     scatter, words = _scatter(sizes, losses, group)
     if not words and not law.refused:
         scatter, words = law.residual * losses, "the scatter around the fitted law"
-    noise = np.maximum(half, scatter)
-    if not (noise > 0).all() and not words:
+    if words:
+        return np.broadcast_to(np.maximum(scatter, np.finfo(float).tiny), losses.shape), words
+    half = np.array([(figures["high"] - figures["low"]) / 2 / NORMAL for figures in stated])
+    if not (np.isfinite(half) & (half > 0)).all():
         return None, ""
-    parts = [words] if words else []
-    if half.any():
-        parts.append("the bootstrap over validation samples" + ("" if words else ", which does not know other seeds"))
-    return noise, " and ".join(parts) + (", whichever is larger" if len(parts) > 1 else "")
+    return half, "the bootstrap over validation samples, which does not know other seeds"
 
 
 def _scatter(sizes: np.ndarray, losses: np.ndarray, group: np.ndarray) -> tuple[float | np.ndarray, str]:

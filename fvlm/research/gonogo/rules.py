@@ -1,6 +1,6 @@
 """What is asked of a run before a longer one is begun, each question answered from records: pass, fail, not measured.
 
-The rules are stated here once, with their thresholds; `fvlm.research.gonogo` asks them of studies and runs.
+The rules are stated here once, with their thresholds; `fvlm.research.gonogo.checks` asks them of studies and runs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fvlm.research.fits import Estimate
 from fvlm.research.reading import headline_task, with_interval
 from fvlm.research.records import RunRecords
-from fvlm.research.study_rows import Spread
+from fvlm.research.scaling.fits import Estimate
+from fvlm.research.study.rows import Spread
 from fvlm.research.tables import Table, read_csv, read_jsonl
 from fvlm.train.metrics import CSV_COLUMNS
 
@@ -172,7 +172,7 @@ def has_optimum(fits: Mapping[str, Any] | None) -> Finding:
 
 
 def missing_logs(folder: Path) -> list[str]:
-    """Records and fields that SPEC asks of a run and that its folder does not hold; empty where all is there."""
+    """Records and fields that a run has to leave behind and that its folder does not hold; empty where all is there."""
     checks = {
         "config.yaml": lambda path: [],
         "metrics.csv": lambda path: _absent(CSV_COLUMNS, read_csv(path).columns),

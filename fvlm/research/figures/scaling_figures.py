@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fvlm.research.fits import Estimate
-from fvlm.research.scaling_plots import (
+from fvlm.research.figures.scaling_plots import (
     Fit,
     Series,
     plot_allocation,
@@ -23,8 +22,9 @@ from fvlm.research.scaling_plots import (
     plot_predicted,
     plot_series,
 )
-from fvlm.research.study_records import Drawn, NotDrawn, StudyRecords
-from fvlm.research.study_rows import StudyRun, accuracy_spread, budget_words, loss_spread
+from fvlm.research.scaling.fits import Estimate
+from fvlm.research.study.records import Drawn, NotDrawn, StudyRecords
+from fvlm.research.study.rows import StudyRun, accuracy_spread, budget_words, loss_spread
 
 LOSS = "validation loss, nats a token"
 COMPUTE = "training FLOPs"
@@ -120,6 +120,9 @@ def draw_crossover(study: StudyRecords, stem: Path) -> Drawn:
     if len(lines) < 2:
         raise NotDrawn(f"results.csv has runs at equal budgets of {len(lines)} kind of model; two are needed")
     found = (study.fits or {}).get("crossover") or {}
+    if found.get("budgets"):  # over the sizes that both kinds have
+        x = np.array(found["budgets"])
+        lines = {kind: Series(x=x, y=np.array(found["losses"][kind])) for kind in found["kinds"]}
     crossing = (found.get("compute") or {}).get("value")
     paths = plot_crossover(lines, crossing, COMPUTE, f"lowest {LOSS}", stem)
     caption = (
@@ -203,6 +206,8 @@ def draw_parametric(study: StudyRecords, stem: Path) -> Drawn:
         if law["refused"]:
             notes.append(f"{kind}: {'; '.join(law['refused'])}")
             continue
+        if gone := [name for name in law["runs"] if name not in rows]:
+            raise NotDrawn(f"fits.json is of runs that are not done in results.csv ({', '.join(gone)}): write it anew")
         runs = [rows[name] for name in law["runs"]]
         lines[kind] = np.array([run.loss()["loss"] for run in runs]), np.array(law["fitted"])
         named = {"E": "E", "A": "A", "alpha": "α", "B": "B", "beta": "β"}

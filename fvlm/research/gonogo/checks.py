@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fvlm.research import gonogo_rules as rules
-from fvlm.research.gonogo_rules import FAIL, NOT_MEASURED, PASS, Finding
+from fvlm.research.gonogo import rules
+from fvlm.research.gonogo.rules import FAIL, NOT_MEASURED, PASS, Finding
 from fvlm.research.records import RunRecords, read_run
 from fvlm.research.sections import table
-from fvlm.research.study_records import StudyRecords, read_study
-from fvlm.research.study_rows import StudyRun, accuracy_spread, loss_spread
+from fvlm.research.study.records import StudyRecords, read_study
+from fvlm.research.study.rows import StudyRun, accuracy_spread, loss_spread
 from fvlm.research.tables import Table
 
 

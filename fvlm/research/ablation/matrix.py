@@ -10,7 +10,7 @@ from fvlm.config import CONFIGS
 from fvlm.evaluate.suite import MODES
 from fvlm.schema import build, read_mapping, require, resolve
 
-METRIC = re.compile(rf"val_loss|accuracy(_({'|'.join(MODES)}))?|(mc|slots|loss):\S+")
+METRIC = re.compile(rf"val_loss|(accuracy|mc)(_({'|'.join(MODES)}))?|(mc|slots|loss):\S+")
 Needs = Literal["real data", "drawn clips", "random weights"]
 
 
@@ -19,13 +19,14 @@ class Rule:
     """When one arm is better than another: their difference, with its whole interval, is more than `margin`."""
 
     metric: str
-    """val_loss, accuracy (in the trained mode), accuracy_MODE, or mc:SOURCE, slots:SOURCE, loss:SOURCE."""
+    """val_loss, accuracy (of lists, or where there are none of multiple choice), mc (all multiple choice), both in the
+    trained mode; accuracy_MODE, mc_MODE; of one source mc:SOURCE, slots:SOURCE, loss:SOURCE."""
     better: Literal["lower", "higher"]
     margin: float = 0.0
     """Share or nats."""
 
     def __post_init__(self) -> None:
-        expected = f"val_loss, accuracy, accuracy_MODE ({', '.join(MODES)}), or mc:, slots: or loss: and a source"
+        expected = f"val_loss, accuracy[_MODE], mc[_MODE] ({', '.join(MODES)}), or mc:, slots: or loss: and a source"
         require(METRIC.fullmatch(self.metric) is not None, "judge.metric", self.metric, expected)
 
 
@@ -47,7 +48,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """A run that arms start from, with the first seed of the matrix; not judged itself."""
+    """A run that arms start from, one for each of their seeds; not judged itself."""
 
     set: tuple[str, ...] = ()
     scale: dict[str, float] = field(default_factory=dict)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fvlm.research.crossover import crossover
-from fvlm.research.fits import (
+from fvlm.research.scaling.crossover import crossover
+from fvlm.research.scaling.fits import (
     LEAST_VALUES,
     NAMES,
     Estimate,
@@ -24,9 +24,9 @@ from fvlm.research.fits import (
     fit_parabola,
     fit_power,
 )
-from fvlm.research.grid_points import NORMAL, Points, points_of
-from fvlm.research.grid_report import fits_report
-from fvlm.research.study_rows import StudyRun, study_runs
+from fvlm.research.scaling.points import NORMAL, Points, points_of
+from fvlm.research.scaling.report import fits_report
+from fvlm.research.study.rows import StudyRun, study_runs
 from fvlm.research.tables import read_csv
 from fvlm.train.describe import write_json
 

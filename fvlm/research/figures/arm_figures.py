@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from fvlm.evaluate.maps import ClipMaps, load_clip
+from fvlm.research.figures.arm_plots import plot_arm_modes, plot_dots, plot_families, plot_panels
 from fvlm.research.sections import MODES
 from fvlm.research.strips import plot_strip
-from fvlm.research.study_plots import plot_arm_modes, plot_dots, plot_families, plot_panels
-from fvlm.research.study_records import Drawn, NotDrawn, StudyRecords
-from fvlm.research.study_rows import Spread, StudyRun, accuracy_spread, budget_words, loss_spread, spread
+from fvlm.research.study.records import Drawn, NotDrawn, StudyRecords
+from fvlm.research.study.rows import Spread, StudyRun, accuracy_spread, budget_words, loss_spread, spread
 from fvlm.research.style import MODE_NAMES
 from fvlm.research.tables import Table
 
 LINES = 8
 """Most arms in a panel: as many as the palette keeps apart."""
 MOST_CLIPS, MOST_ROWS = 3, 6
+LOOKS = ("random_queries", "train.mode", "deep_query", "fine_iterations", "question_first", "query_logit_scale")
+"""Keys whose change shows in where a model looks, the most telling first."""
 SEEDS = "several seeds are several lines, the thin ones"
 REACH = "bars reach over the 95 % intervals of all seeds, open dots are single seeds"
 
@@ -85,7 +87,9 @@ def panel_of(run: StudyRun) -> str:
 
 def line_of(run: StudyRun) -> str:
     """A run's name within its panel."""
-    return run.text("arm") or budget_words(run.text("budget")) or run.name
+    budget = budget_words(run.text("budget"))
+    samples = ", equal samples" if run.text("comparison") == "isosample" else ""
+    return run.text("arm") or (budget and budget + samples) or run.name
 
 
 def _one_chance(panels: dict[str, dict[str, list[Table]]]) -> float | None:
@@ -227,6 +231,7 @@ def draw_attention(number: int) -> Callable[..., Drawn]:
         mapped = [run for seeds in study.arms().values() for run in seeds[:1] if _maps(run)]
         if not mapped:
             raise NotDrawn("no run folder beside results.csv has evaluation/maps/*.npz")
+        mapped.sort(key=lambda run: (run.arm != study.base_arm(), _telling(run)))
         shared = _shared_clips(mapped)
         if number >= len(shared):
             raise NotDrawn(f"the runs have maps of {len(shared)} clip(s)")
@@ -234,9 +239,16 @@ def draw_attention(number: int) -> Callable[..., Drawn]:
         paths = plot_strip(clip, stem)
         caption = f"{clip.source}: where each arm looked, in the mode that it trained"
         caption += "; the box marks what was asked about" if _asks(clip) else ""
+        caption += f"; {len(owners)} of {len(mapped)} arms with maps" if len(owners) < len(mapped) else ""
         return Drawn(caption=caption, runs=_names(owners), paths=paths)
 
     return draw
+
+
+def _telling(run: StudyRun) -> int:
+    """Place among the arms, those first that change how a model looks."""
+    named = [place for place, key in enumerate(LOOKS) if key in run.text("changed")]
+    return min(named, default=len(LOOKS))
 
 
 def _maps(run: StudyRun) -> list[Path]:

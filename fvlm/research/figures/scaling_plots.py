@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from fvlm.research.study_plots import MARKERS
-from fvlm.research.study_rows import Spread
+from fvlm.research.figures.arm_plots import MARKERS
+from fvlm.research.study.rows import Spread
 from fvlm.research.style import DASHES, PALETTE, STYLE, save_figure
 
 Fit = Callable[[np.ndarray], np.ndarray]

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fvlm.research.ablation_matrix import Matrix
-from fvlm.research.ablations import Plan
+from fvlm.research.ablation.arms import Plan
+from fvlm.research.ablation.matrix import Matrix
+from fvlm.research.ablation.verdicts import ABSENT, NO, OPEN, YES, Comparison, Verdict, answer, judge, said
 from fvlm.research.reading import percent, with_interval
 from fvlm.research.sections import cell, table
-from fvlm.research.study_records import StudyRecords, read_study
-from fvlm.research.study_rows import StudyRun
-from fvlm.research.verdicts import ABSENT, NO, OPEN, YES, Comparison, Verdict, answer, judge
+from fvlm.research.study.records import StudyRecords, read_study
+from fvlm.research.study.rows import StudyRun
 
 LOG_HEAD = """# Experiments
 
@@ -41,7 +41,8 @@ def write_results(matrix: Matrix, plan: Plan, base: str, out: Path, log: Path) -
     for name in matrix.questions:
         pairs = [Comparison(of=plan.arm(p.of), against=plan.arm(p.against)) for p in matrix.comparisons(name)]
         if name not in plan.left_out:
-            verdicts[name] = [judge(study, pair, matrix.rules(name)) for pair in pairs if pair.of != pair.against]
+            pairs = [pair for pair in pairs if pair.of != pair.against]
+            verdicts[name] = [judge(study, pair, matrix.rules(name), len(pairs)) for pair in pairs]
     text = "\n".join(_page(matrix, plan, base, study, verdicts))
     temporary = out / "ablations.md.tmp"
     temporary.write_text(text, encoding="utf-8")
@@ -67,9 +68,12 @@ def _page(
     )
     rows = []
     for name, found in verdicts.items():
-        asked, said = matrix.questions[name], answer(found) if found else ABSENT
-        follows = getattr(asked, _FOLLOWS[said]) if said in _FOLLOWS else "–"
-        rows.append([name, asked.asks, said, "; ".join(each.words() for each in found) or "–", follows])
+        asked, answered = matrix.questions[name], answer(found) if found else ABSENT
+        whole = answered == YES or ABSENT not in {each.answer for each in found}
+        follows = (
+            getattr(asked, _FOLLOWS[answered]) if answered in _FOLLOWS and whole else "Nothing yet: arms are missing."
+        )
+        rows.append([name, asked.asks, said(found), "; ".join(each.words() for each in found) or "–", follows])
     yield from table(["question", "asked", "verdict", "figures", "what follows"], rows)
     for name in [name for name in matrix.questions if name in plan.left_out]:
         yield f"Left out: {name} ({plan.left_out[name]})."
@@ -155,15 +159,23 @@ def append_log(log: Path, matrix: Matrix, base: str, study: StudyRecords, verdic
     there = log.read_text(encoding="utf-8") if log.is_file() else ""
     rows = []
     for name, found in verdicts.items():
-        said = answer(found) if found else ABSENT
-        if said == ABSENT:
+        if said(found) == ABSENT:
             continue
         key = _key(name, study, found)
         if f"| {key} |" in there:
             continue
         figures = "; ".join(each.words() for each in found)
         commits = ", ".join(study.commits)
-        values = [time.strftime("%Y-%m-%d"), base, commits, name, matrix.questions[name].asks, said, figures, key]
+        values = [
+            time.strftime("%Y-%m-%d"),
+            base,
+            commits,
+            name,
+            matrix.questions[name].asks,
+            said(found),
+            figures,
+            key,
+        ]
         rows.append("| " + " | ".join(map(cell, values)) + " |\n")
     if rows:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import torch
 
 from fvlm.config import REPOSITORY, RunConfig, config_hash
 from fvlm.research.records import read_json
-from fvlm.research.study_plan import BASE, PlannedRun
+from fvlm.research.study.plan import BASE, PlannedRun
 from fvlm.train.describe import write_json
 from fvlm.train.preemption import EXIT_CODE
 
@@ -88,7 +88,13 @@ class Children:
                 if self.stopping:
                     return EXIT_CODE
                 pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-                process = subprocess.Popen(command, env=environment, pass_fds=[self._lock.fileno()], **pipes)
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    pass_fds=[self._lock.fileno()],
+                    start_new_session=True,  # Ctrl-C comes to us alone, and `stop` lets them save
+                    **pipes,
+                )
                 self._running.add(process)
             try:
                 return process.wait()
@@ -120,6 +126,7 @@ def carry_out(
     write_json(folder / RECORD, record)
     commands = {"evaluate": launcher.evaluate_command(run, config, out)}
     if not _is_trained(folder, record["config_hash"]):
+        (folder / "run_summary.json").unlink(missing_ok=True)  # of training that is done again from its start
         commands = {"train": launcher.train_command(run, out), **commands}
     for name, command in commands.items():
         log = folder / f"{name}.log"

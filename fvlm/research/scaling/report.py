@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fvlm.research.fits import NAMES, Estimate
+from fvlm.research.scaling.fits import NAMES, Estimate
 
 
 def fits_report(found: dict[str, Any]) -> str:
-    """Markdown of what `fvlm.research.optimal.fit_grid` returns."""
+    """Markdown of what `fvlm.research.scaling.optimal.fit_grid` returns."""
     size = "parameters" if found["size"] == "parameters" else f"`{found['size']}`"
     lines = ["# Scaling", "", f"N counts {size}, D samples seen, C operations of forward and backward pass. "
              "Intervals in brackets are 95 %."]  # fmt: skip

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fvlm.config import RunConfig, identity
-from fvlm.research.ablation_matrix import Arm, Matrix, Needs, Rule, Start
-from fvlm.research.study_plan import PlannedRun, run_config
+from fvlm.research.ablation.matrix import Arm, Matrix, Needs, Rule, Start
+from fvlm.research.study.plan import PlannedRun, run_config
 from fvlm.schema import ConfigError, apply_override, require
 
 START = "start"
@@ -72,10 +72,8 @@ def plan_ablations(
     for name, arm in matrix.arms.items():
         if left_out.get(places.get(name)):
             continue
-        overrides, start = _overrides(name, arm, flat), _start(matrix, arm, base, out)
-        if start is not None:
-            overrides.append(f"init_from={json.dumps(str(out / start.name))}")
-        probe = PlannedRun(name=name, overrides=tuple(overrides), evaluate=arm.evaluate)
+        overrides, first = _overrides(name, arm, flat), _start(matrix, arm, base, matrix.seeds[0])
+        probe = PlannedRun(name=name, overrides=(*overrides, *_from(first, out)), evaluate=arm.evaluate)
         resolved = identity(run_config(probe, base, out))
         key = json.dumps([resolved, arm.evaluate], sort_keys=True)
         if key in by_identity:
@@ -85,16 +83,17 @@ def plan_ablations(
         found.changes[name] = differences(flat, resolved)
         if any(resolved[each] != flat[each] for each in ORDER_KEYS):
             found.other_samples.add(name)
-        if start is not None and start not in found.runs:
-            found.runs.append(start)
         labels = {"question": places.get(name, ""), "arm": name, "changed": "; ".join(found.changes[name])}
         own = list(arm.seeds or matrix.seeds)
         asked = list(seeds or own) if name in wanted else []
         known = [int(run.name.rpartition("-s")[2]) for run in earlier if run.labels.get("arm") == name]
         for seed in sorted({*asked, *known, *([] if asked else own)}):
+            start = _start(matrix, arm, base, seed)
+            if start is not None and start not in found.runs:
+                found.runs.append(start)
             run = PlannedRun(
                 name=f"{name}-s{seed}",
-                overrides=(*overrides, f"train.seed={seed}"),
+                overrides=(*overrides, *_from(start, out), f"train.seed={seed}"),
                 labels=labels,
                 evaluate=arm.evaluate,
                 after=start.name if start else None,
@@ -185,11 +184,15 @@ def _overrides(name: str, arm: Arm | Start, base: Mapping[str, Any]) -> list[str
     return [*arm.set, *scaled]
 
 
-def _start(matrix: Matrix, arm: Arm, base: RunConfig, out: Path) -> PlannedRun | None:
-    """The run that an arm starts from; None where it starts as the base does."""
+def _start(matrix: Matrix, arm: Arm, base: RunConfig, seed: int) -> PlannedRun | None:
+    """The run of its own seed that an arm starts from; None where it starts as the base does."""
     if arm.after is None or _lacks(matrix.starts[arm.after].needs, base):
         return None
-    seed = matrix.seeds[0]
     overrides = _overrides(arm.after, matrix.starts[arm.after], identity(base))
     labels = {"question": START, "arm": arm.after, "changed": "; ".join(overrides)}
     return PlannedRun(name=f"{arm.after}-s{seed}", overrides=(*overrides, f"train.seed={seed}"), labels=labels)
+
+
+def _from(start: PlannedRun | None, out: Path) -> list[str]:
+    """The override that lets a run start from another one's weights."""
+    return [] if start is None else [f"init_from={json.dumps(str(out / start.name))}"]

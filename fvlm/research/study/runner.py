@@ -1,7 +1,7 @@
 """Studies: lists of runs that differ in configuration, carried out as processes, restartable, tabulated as CSVs.
 
 A study lives in one folder: `plan.json` and `base.yaml` (what is to be run), a folder a run, and the tables that
-`fvlm.research.study_tables` writes after every run. The same call again goes on: finished runs are left alone, stopped
+`fvlm.research.study.tables` writes after every run. The same call again goes on: finished runs are left alone, stopped
 ones continue, failed ones are tried once more.
 """
 
@@ -23,9 +23,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fvlm.config import RunConfig
-from fvlm.research.study_plan import PlannedRun, read_plan, with_needed, write_plan
-from fvlm.research.study_run import Children, Launcher, carry_out, refuse
-from fvlm.research.study_tables import collect
+from fvlm.research.study.plan import PlannedRun, read_plan, with_needed, write_plan
+from fvlm.research.study.processes import Children, Launcher, carry_out, refuse
+from fvlm.research.study.tables import collect
 from fvlm.schema import ConfigError
 from fvlm.train.preemption import EXIT_CODE
 

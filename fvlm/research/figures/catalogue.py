@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fvlm.research import study_arms, study_scaling
+from fvlm.research.figures import arm_figures, scaling_figures
 from fvlm.research.report import write_text
 from fvlm.research.sections import table
-from fvlm.research.study_records import Drawn, NotDrawn, StudyRecords, read_study
+from fvlm.research.study.records import Drawn, NotDrawn, StudyRecords, read_study
 
 LOSS = "validation loss, nats a token"
 
@@ -25,7 +25,7 @@ class Plan:
 
 
 def _curve(title: str, name: str, column: str, ylabel: str, what: str, **options: Any) -> Plan:
-    return Plan(name=name, title=title, draw=study_arms.draw_curves(column, ylabel, what, **options))
+    return Plan(name=name, title=title, draw=arm_figures.draw_curves(column, ylabel, what, **options))
 
 
 PLANS = (
@@ -42,23 +42,23 @@ PLANS = (
     _curve(
         "Attention entropy", "entropy", "attention_entropy", "attention entropy, nats", "Entropy of the fine queries"
     ),
-    Plan(name="arms", title="All arms at the end of training", draw=study_arms.draw_arms),
-    Plan(name="freeze", title="Freezing", draw=study_arms.draw_freeze),
-    Plan(name="modes", title="Three modes", draw=study_arms.draw_modes),
-    Plan(name="families", title="Where looking wins and loses: accuracy by family", draw=study_arms.draw_families),
+    Plan(name="arms", title="All arms at the end of training", draw=arm_figures.draw_arms),
+    Plan(name="freeze", title="Freezing", draw=arm_figures.draw_freeze),
+    Plan(name="modes", title="Three modes", draw=arm_figures.draw_modes),
+    Plan(name="families", title="Where looking wins and loses: accuracy by family", draw=arm_figures.draw_families),
     Plan(
-        name="family_losses", title="Where looking wins and loses: loss by family", draw=study_arms.draw_family_losses
+        name="family_losses", title="Where looking wins and loses: loss by family", draw=arm_figures.draw_family_losses
     ),
     *(
-        Plan(name=f"attention-{number}", title="Attention heat maps", draw=study_arms.draw_attention(number))
-        for number in range(study_arms.MOST_CLIPS)
+        Plan(name=f"attention-{number}", title="Attention heat maps", draw=arm_figures.draw_attention(number))
+        for number in range(arm_figures.MOST_CLIPS)
     ),
-    Plan(name="token_efficiency", title="Token-efficiency frontier", draw=study_scaling.draw_efficiency),
-    Plan(name="isoflop", title="Iso-FLOP curves", draw=study_scaling.draw_isoflop),
-    Plan(name="crossover", title="Foveated against baseline", draw=study_scaling.draw_crossover),
-    Plan(name="data_scaling", title="Data scaling", draw=study_scaling.draw_data),
-    Plan(name="allocation", title="Compute-optimal allocation", draw=study_scaling.draw_allocation),
-    Plan(name="parametric", title="Parametric fit", draw=study_scaling.draw_parametric),
+    Plan(name="token_efficiency", title="Token-efficiency frontier", draw=scaling_figures.draw_efficiency),
+    Plan(name="isoflop", title="Iso-FLOP curves", draw=scaling_figures.draw_isoflop),
+    Plan(name="crossover", title="Foveated against baseline", draw=scaling_figures.draw_crossover),
+    Plan(name="data_scaling", title="Data scaling", draw=scaling_figures.draw_data),
+    Plan(name="allocation", title="Compute-optimal allocation", draw=scaling_figures.draw_allocation),
+    Plan(name="parametric", title="Parametric fit", draw=scaling_figures.draw_parametric),
 )
 
 

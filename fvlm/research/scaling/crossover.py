@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fvlm.research.fits import CONFIDENCE, SURE, Estimate
-from fvlm.research.grid_points import SAME_BUDGET, Points
+from fvlm.research.scaling.fits import CONFIDENCE, SURE, Estimate
+from fvlm.research.scaling.points import SAME_BUDGET, Points
 
 
 def crossover(kinds: list[Points]) -> dict[str, Any] | None:

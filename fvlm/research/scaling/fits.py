@@ -15,7 +15,7 @@ import numpy as np
 
 DRAWS = 500
 CONFIDENCE = (2.5, 97.5)
-SURE = 0.9  # share of the draws in which an optimum has to exist, and to lie within the range
+SURE = 0.95  # share of the draws in which an optimum has to exist, and to lie within the range
 LEAST_POINTS = 7  # five parameters, and two points to check them
 LEAST_VALUES = 3  # of sizes, and of amounts of data
 WIDEST = 0.5  # half an interval over its value: beyond, a parameter is not determined

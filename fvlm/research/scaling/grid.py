@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from itertools import product
 
 from fvlm.config import CONFIGS, load_config
-from fvlm.research.study_plan import PlannedRun
-from fvlm.research.workload import StatedSample, Workload, workload
+from fvlm.research.study.plan import PlannedRun
+from fvlm.research.study.workload import StatedSample, Workload, workload
 from fvlm.schema import ConfigError, apply_override, build, read_mapping, require, resolve
 
 
@@ -146,7 +146,7 @@ def _run(grid: GridConfig, size: str, kind: str, budget: str, seed: int, work: W
     )
     return GridRun(
         run=PlannedRun(
-            name=name if len(grid.seeds) == 1 else f"{name}-{seed}",
+            name=f"{name}-s{seed}",
             overrides=(*grid.sizes[size], *grid.architectures[kind], *own),
             labels={
                 "size": size,

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fvlm.research.plots import column_words
-from fvlm.research.study_rows import Spread
+from fvlm.research.study.rows import Spread
 from fvlm.research.style import DASHES, MODE_COLOURS, MODE_NAMES, PALETTE, STYLE, save_figure
 from fvlm.research.tables import Table
 
@@ -63,7 +63,18 @@ def plot_panels(
                 axes.set_xlabel(column_words(x))
         for row in grid:
             row[0].set_ylabel(ylabel)
+        if (top := _top(panels, column)) is not None:
+            grid[0][0].set_ylim(top=scale * top)
         return save_figure(figure, stem)
+
+
+def _top(panels: Mapping[str, Mapping[str, Sequence[Table]]], column: str) -> float | None:
+    """Where to end the shared axis, so that an arm that diverged does not flatten all others; None: as it comes."""
+    tables = [table for arms in panels.values() for seeds in arms.values() for table in seeds]
+    values = np.concatenate([table.numbers(column) for table in tables])
+    values = values[np.isfinite(values)]
+    usual = np.quantile(values, 0.95)
+    return 1.5 * usual if values.max() > 3 * usual > 0 else None
 
 
 def _arm_lines(

@@ -18,9 +18,9 @@ from typing import Any
 from fvlm.config import RunConfig, config_hash, load_config, to_dict
 from fvlm.evaluate.suite import MODES
 from fvlm.research.records import RunRecords, read_json
-from fvlm.research.study_plan import BASE, PlannedRun, run_config
-from fvlm.research.study_run import read_record
-from fvlm.research.workload import parameters
+from fvlm.research.study.plan import BASE, PlannedRun, run_config
+from fvlm.research.study.processes import read_record
+from fvlm.research.study.workload import parameters
 
 TASKS = {"slots": "slots", "multiple_choice": "mc"}
 """Name of a task in a record → in the tables; the first that was asked is a run's accuracy."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fvlm.config import RunConfig, load_config
-from fvlm.research.ablation_matrix import load_matrix
-from fvlm.research.ablations import plan_ablations
-from fvlm.research.grid import load_grid, plan_grid
+from fvlm.research.ablation.arms import plan_ablations
+from fvlm.research.ablation.matrix import load_matrix
 from fvlm.research.records import read_json
-from fvlm.research.workload import StatedSample, workload
+from fvlm.research.scaling.grid import load_grid, plan_grid
+from fvlm.research.study.workload import StatedSample, workload
 from fvlm.schema import ConfigError
 from fvlm.train.gpus import GPUS
 from fvlm.train.work_model import ASSUMED_MFU

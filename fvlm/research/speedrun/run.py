@@ -19,22 +19,25 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
 
+import psutil
 import torch
 
 from fvlm.config import CONFIGS, REPOSITORY
 from fvlm.research.records import read_json
-from fvlm.research.speedrun_cost import Rate, command_flops, known_rate
-from fvlm.research.study import told_to_stop
-from fvlm.research.workload import StatedSample
+from fvlm.research.speedrun.cost import Rate, command_flops, known_rate
+from fvlm.research.study.runner import told_to_stop
+from fvlm.research.study.workload import StatedSample
 from fvlm.schema import ConfigError, build, read_mapping, require, resolve
 from fvlm.train.describe import write_json
 from fvlm.train.gpus import GPUS
@@ -114,17 +117,43 @@ class Runner:
         """End the command at work, which saves; a signal's handler."""
         self.stopping = True
         if self._child is not None:
-            self._child.terminate()
+            tell_to_end(self._child)
 
     def call(self, command: Sequence[str]) -> int:
         """The command's exit code; 75 without running it where a signal came."""
         if self.stopping:
             return EXIT_CODE
-        self._child = subprocess.Popen(command, cwd=REPOSITORY, env=self.environment)
+        # in a session of its own Ctrl-C comes to us alone, and not to ranks, which would end without saving
+        self._child = subprocess.Popen(command, cwd=REPOSITORY, env=self.environment, start_new_session=True)
         if self.stopping:  # the signal came between the two
-            self._child.terminate()
+            tell_to_end(self._child)
         code = self._child.wait()
         return EXIT_CODE if self.stopping else code
+
+
+def tell_to_end(command: subprocess.Popen) -> None:
+    """SIGTERM to the ranks that the command started, or else to the command and whatever it started.
+
+    DeepSpeed's launcher passes the signal to nobody, and ends by itself with its ranks (docs/distribution.md).
+    """
+    try:
+        ranks = [each for each in psutil.Process(command.pid).children(recursive=True) if _is_rank(each)]
+    except psutil.NoSuchProcess:
+        return
+    if not ranks:
+        os.killpg(command.pid, signal.SIGTERM)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.terminate()
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    """Whether a launcher gave it a rank; its own workers inherit that, and are none."""
+    try:
+        parent = process.parent()
+        return "RANK" in process.environ() and (parent is None or "RANK" not in parent.environ())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def speedrun(scale: Scale, name: str, machine: Machine) -> int:

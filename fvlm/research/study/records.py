@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fvlm.research.records import read_json
-from fvlm.research.study_rows import StudyRun, study_runs
+from fvlm.research.study.rows import StudyRun, study_runs
 from fvlm.research.tables import NothingRecorded, Table, read_csv
 
 BASE_ARMS = ("base", "lr1", "f3")

@@ -1,0 +1,1 @@
+"""The check list before a long run."""

@@ -1,0 +1,1 @@
+"""Grids of sizes, budgets and architectures, and the laws that are fitted to them."""

@@ -64,7 +64,7 @@ def open_table(
     """The table of shards, from `cache_dir` if it is there, else made of their indexes and kept there.
 
     `shards` are tars, or `.idx` files alone (then `tokenizer` may be None: whatever counted). Without `cache_dir` the
-    table is made in memory, in every process: milliseconds a shard, 37 bytes a sample. `cache` is for remote shards;
+    table is made in memory, in every process: milliseconds a shard, 47 bytes a sample. `cache` is for remote shards;
     `held_out` and `tags` as for `SampleTable.from_indexes`.
 
     Raises what `find_index` and `find_remote_indexes` raise, ValueError for indexes counted with several tokenizers,

@@ -14,7 +14,7 @@ from tests.research.made_up import CHANCE, make_clip
 
 COMMIT = "0123abcdef0123abcdef"
 QUESTIONS = 200
-LABELS = ("question", "arm", "changed")
+LABELS = ("question", "arm", "changed", "against")
 RESULTS = (
     "run", "status", "reason", "seed", *LABELS, "architecture", "tokens_per_frame", "grid", "parameters", "samples",
     "flops_per_sample", "train_flops", "val_loss", "loss_coarse_only", "loss_coarse_fine", "loss_autoregressive",

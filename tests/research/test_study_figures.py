@@ -239,6 +239,14 @@ def test_families_are_in_the_order_of_what_looking_is_worth(tmp_path, monkeypatc
     assert worth["synthetic/cue"][1] == pytest.approx(0.5 - math.hypot(0.05, 0.05))
 
 
+def test_a_panel_holds_what_its_question_compares(tmp_path):
+    rows = [row | {"against": "A6" if row["arm"] == "LR2" else ""} for row in made.ablation_rows()]
+    panels, _ = arm_figures._panels(read_study(made.write_study(tmp_path / "a", rows)), "val_loss")
+    assert "F3" not in panels["LR"]
+    assert next(iter(panels["LR"])) == "A6"
+    assert next(iter(panels["F1"])) == "F3"  # where nothing is named, the base
+
+
 def test_clips_with_something_to_look_for_come_first_and_have_a_row_an_arm(tmp_path, monkeypatch):
     folder = made.write_study(tmp_path / "a", made.ablation_rows())
     for path in folder.glob("*/evaluation/maps/clip-00.npz"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ def plan_ablations(
         if any(resolved[each] != flat[each] for each in ORDER_KEYS):
             found.other_samples.add(name)
         labels = {"question": places.get(name, ""), "arm": name, "changed": "; ".join(found.changes[name])}
+        labels["against"] = " ".join(_compared_with(matrix, name, places.get(name)))
         own = list(arm.seeds or matrix.seeds)
         asked = list(seeds or own) if name in wanted else []
         known = [int(run.name.rpartition("-s")[2]) for run in earlier if run.labels.get("arm") == name]
@@ -102,6 +104,12 @@ def plan_ablations(
             if seed in asked:
                 found.chosen.add(run.name)
     return found
+
+
+def _compared_with(matrix: Matrix, name: str, question: str | None) -> list[str]:
+    """Arms on the other side of the comparisons that its question makes of an arm."""
+    pairs = [(pair.of, pair.against) for pair in matrix.comparisons(question)] if question else []
+    return list(dict.fromkeys(other for pair in pairs if name in pair for other in pair if other != name))
 
 
 def differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -194,5 +202,10 @@ def _start(matrix: Matrix, arm: Arm, base: RunConfig, seed: int) -> PlannedRun |
 
 
 def _from(start: PlannedRun | None, out: Path) -> list[str]:
-    """The override that lets a run start from another one's weights."""
-    return [] if start is None else [f"init_from={json.dumps(str(out / start.name))}"]
+    """The override that lets a run start from another one's weights; the same however `out` is spelled."""
+    if start is None:
+        return []
+    place = Path(os.path.abspath(out / start.name))
+    return [
+        f"init_from={json.dumps(str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place))}"
+    ]

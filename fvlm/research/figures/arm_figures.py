@@ -46,7 +46,7 @@ def draw_curves(column: str, ylabel: str, what: str, level: tuple[float, str] | 
 
 
 def _panels(study: StudyRecords, column: str) -> tuple[dict[str, dict[str, list[Table]]], list[StudyRun]]:
-    """Title -> arm -> tables, and the runs in them."""
+    """Title -> arm -> tables, what they are compared with first, and the runs in them."""
     if study.curves is None:
         raise NotDrawn("no curves.csv")
     for name in ("samples_seen", column):
@@ -58,14 +58,17 @@ def _panels(study: StudyRecords, column: str) -> tuple[dict[str, dict[str, list[
         raise NotDrawn(f"curves.csv has no {column} of a run that is done")
     base = study.base_arm()
     panels: dict[str, dict[str, list[Table]]] = {}
+    beside: dict[str, list[str]] = {}
     for run, table in known.items():
         if run.arm != base:
-            panels.setdefault(panel_of(run), {}).setdefault(line_of(run), []).append(table)
-    unchanged = [table for run, table in known.items() if run.arm == base]
-    panels = _split(panels) or {"": {}}
-    if unchanged:
-        panels = {title: {base: unchanged, **arms} for title, arms in panels.items()}
-    return panels, list(known)
+            title = panel_of(run)
+            panels.setdefault(title, {}).setdefault(line_of(run), []).append(table)
+            beside.setdefault(title, []).extend(run.text("against").split())
+    arms = {arm: [known[run] for run in runs] for arm, runs in study.arms(known).items()}
+    for title, own in panels.items():
+        compared = [arm for arm in dict.fromkeys(beside[title] or [base]) if arm in arms and arm not in own]
+        panels[title] = {arm: arms[arm] for arm in compared} | own
+    return _split(panels) or {"": {base: arms[base]} if base in arms else {}}, list(known)
 
 
 def _split(panels: dict[str, dict[str, list[Table]]]) -> dict[str, dict[str, list[Table]]]:

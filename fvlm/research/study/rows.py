@@ -14,7 +14,7 @@ from fvlm.research.tables import Table
 
 TEXTS = {
     "run", "status", "reason", "question", "arm", "changed", "model", "size", "budget", "architecture", "comparison",
-    "task", "trained_mode", "mode", "source", "config_hash", "commit", "device", "started", "finished",
+    "against", "task", "trained_mode", "mode", "source", "config_hash", "commit", "device", "started", "finished",
 }  # fmt: skip
 """Columns that are words; a cell of any other is taken for a number where it is one."""
 

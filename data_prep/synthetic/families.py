@@ -65,24 +65,31 @@ def cue_place(dealer: Dealer, level: Level) -> Draft:
 
 
 def _follow(dealer: Dealer, level: Level, kind: str, first: Combination, *, cued: str, asked: str) -> Draft:
+    """Crowds in which one glyph has the `cued` attribute of `first`, which the first scene shows, or else the question
+    tells; a row for what is `asked` of all of these glyphs, and perhaps one for that of a single one."""
+    begin, wording = (0, f"ask_{cued}") if kind == "ask" else (1, kind)
     background = dealer.choice(GREYS)
-    rare_frame = None if dealer.trains else dealer.randrange(1, level.frames)
+    rare_frame = None if dealer.trains else dealer.randrange(begin, level.frames)
     glyphs = dealer.choice((*SPARSE, level.glyphs)) if dealer.trains else level.glyphs
-    scenes, targets = [dealer.scene([first], background)], [first]
-    for number in range(1, level.frames):
+    targets = [first][:begin]
+    scenes = [dealer.scene([target], background) for target in targets]
+    for number in range(begin, level.frames):
         target = dealer.combination(rare=number == rare_frame, **{cued: getattr(first, cued)})
         scenes.append(dealer.scene(dealer.crowd(target, glyphs, unique=cued), background))
         targets.append(target)
-    answers = [getattr(target, asked) for target in targets[1:]]
+    answers = [getattr(target, asked) for target in targets[begin:]]
     look_at = [place(target.cell) for target in targets]
-    narration = ["", *(f" {answer}" for answer in answers)]
-    rows = [row(kind, QUESTIONS[kind], " ".join(answers), look_at, narration, rare=not dealer.trains)]
+    narration = [""] * begin + [f" {answer}" for answer in answers]
+    told = {"colour": first.colour, "place": says(place(first.cell))}
+    rare, stream = not dealer.trains, begin > 0
+    asks = QUESTIONS[wording].format(**told)
+    rows = [row(kind, asks, " ".join(answers), look_at, narration, rare=rare, stream=stream)]
     if not dealer.trains or dealer.random() < MULTIPLE_CHOICE_SHARE:
-        number = dealer.randrange(1, level.frames)
-        user = QUESTIONS[f"{kind}_mc"].format(picture=number + 1)
+        number = dealer.randrange(begin, level.frames)
+        user = QUESTIONS[f"{wording}_mc"].format(**told, picture=number + 1)
         options = SHAPES if asked == "shape" else COLOUR_NAMES
         rare = number == rare_frame
-        rows.append(choice_row(f"{kind}_mc", user, options, answers[number - 1], look_at=look_at, rare=rare))
+        rows.append(choice_row(f"{kind}_mc", user, options, answers[number - begin], look_at=look_at, rare=rare))
     return Draft("video", tuple(scenes), rows)
 
 
@@ -192,30 +199,30 @@ def _tracking_row(dealer: Dealer, mark: str, shown: list[list[Combination]]) -> 
 
 
 def ask(dealer: Dealer, level: Level) -> Draft:
-    """Crowds without a cue: only the words of the question say what matters."""
-    return _asked(dealer, level, "ask", "video", level.frames)
+    """Crowds without a cue: only the words of the question say which colour, or which place, matters."""
+    return _follow(dealer, level, "ask", dealer.combination(), cued=dealer.choice(("colour", "cell")), asked="shape")
 
 
 def still(dealer: Dealer, level: Level) -> Draft:
     """One picture of a crowd, and a question about a colour or a place."""
-    return _asked(dealer, level, "still", "image", 1)
+    return _asked(dealer, level, "still", "still_{}", 1)
 
 
 def images(dealer: Dealer, level: Level) -> Draft:
     """Two to four pictures of crowds, and a question about one of them."""
-    return _asked(dealer, level, "images", "images", dealer.randrange(2, 5))
+    return _asked(dealer, level, "images", "ask_{}_mc", dealer.randrange(2, 5))
 
 
-def _asked(dealer: Dealer, level: Level, source: str, medium: str, count: int) -> Draft:
+def _asked(dealer: Dealer, level: Level, source: str, wording: str, count: int) -> Draft:
     background, number, rare = dealer.choice(GREYS), dealer.randrange(count), not dealer.trains
     targets = [dealer.combination(rare=rare and i == number) for i in range(count)]
     scenes = [dealer.scene(dealer.crowd(each, level.glyphs, unique="colour"), background) for each in targets]
-    target, kind = targets[number], "still" if medium == "image" else "ask"
-    question = QUESTIONS[f"{kind}_{dealer.choice(('colour', 'place'))}"]
+    target = targets[number]
+    question = QUESTIONS[wording.format(dealer.choice(("colour", "cell")))]
     user = question.format(colour=target.colour, place=says(place(target.cell)), picture=number + 1)
     look_at = [place(target.cell) if i == number else None for i in range(count)]
     made = choice_row(source, user, SHAPES, target.shape, look_at=look_at, rare=rare)
-    return Draft(medium, tuple(scenes), [made])
+    return Draft("image" if count == 1 else "images", tuple(scenes), [made])
 
 
 def caption(dealer: Dealer, level: Level) -> Draft:

@@ -18,10 +18,12 @@ QUESTIONS = {
     "tracking_shape": "Follow the {colour} shape. Which shape is it at the end?",
     "tracking_place": "Follow the {colour} shape. Where is it at the end?",
     "relay": "Follow the arrows. Which shape stands at the end?",
-    "ask_colour": "Which shape is {colour} in picture {picture}?",
-    "ask_place": "Which shape stands in {place} in picture {picture}?",
+    "ask_colour": "Which shape is {colour}, picture by picture?",
+    "ask_colour_mc": "Which shape is {colour} in picture {picture}?",
+    "ask_cell": "Which shape stands in {place}, picture by picture?",
+    "ask_cell_mc": "Which shape stands in {place} in picture {picture}?",
     "still_colour": "Which shape is {colour}?",
-    "still_place": "Which shape stands in {place}?",
+    "still_cell": "Which shape stands in {place}?",
     "caption": "Describe this video.",
     "text_after": "Which number comes after {number}?",
     "text_plus": "What is {number} and {other}?",
@@ -55,10 +57,13 @@ def says(place: Sequence[int]) -> str:
     return PLACE.format(row=place[0] + 1, column=place[1] + 1)
 
 
-def row(source: str, user: str, assistant: str, look_at=None, narration=None, rare: bool = False) -> dict:
-    """A manifest row with an open answer."""
+def row(
+    source: str, user: str, assistant: str, look_at=None, narration=None, rare: bool = False, stream: bool = True
+) -> dict:
+    """A manifest row with an open answer; `stream`: its narration needs no question."""
     made = {"source": f"synthetic/{source}", "user": user, "assistant": assistant}
-    made |= {"narration": narration, "stream": True} if narration else {}
+    made |= {"narration": narration} if narration else {}
+    made |= {"stream": True} if narration and stream else {}
     made |= {"look_at": look_at} if look_at else {}
     return made | ({"tags": ["held_out"]} if rare else {})
 

@@ -92,6 +92,16 @@ def tracking_oracle(scenes, row):
     return [words if "Where" in row["user"] else last.shape], path
 
 
+def ask_oracle(scenes, row):
+    place = re.search(r"row (\d) column (\d)", row["user"])
+    if place:
+        found = [at(scene)[int(place[1]) - 1, int(place[2]) - 1] for scene in scenes]
+    else:
+        [colour] = set(re.findall(r"\w+", row["user"])) & set(COLOURS)
+        found = [only(scene, colour=colour) for scene in scenes]
+    return [thing.shape for thing in found], found
+
+
 def asked_oracle(scenes, row):
     number = re.search(r"picture (\d+)", row["user"])
     index = int(number[1]) - 1 if number else 0
@@ -110,7 +120,7 @@ ORACLES = {
     "cue_place": cue_place_oracle,
     "relay": relay_oracle,
     "tracking": tracking_oracle,
-    "ask": asked_oracle,
+    "ask": ask_oracle,
     "still": asked_oracle,
     "images": asked_oracle,
 }
@@ -125,14 +135,16 @@ def test_answers_are_in_the_pictures(family, difficulty):
                 answers, followed = ORACLES[family](made.scenes, row)
                 picture = re.search(r"in picture (\d+)\?", row["user"])
                 if row["source"].endswith("_mc"):
-                    answers = [answers[int(picture[1]) - 2]]
+                    answers = [answers[int(picture[1]) - (1 if family == "ask" else 2)]]
                 assert row["assistant"] == " ".join(answers)
                 assert row["look_at"] == [t and [round(t.row), round(t.column)] for t in followed]
                 if "options" in row:
                     assert row["options"][row["answer"]] == row["assistant"]
                     assert len(set(row["options"])) == len(row["options"]) > 1
-                if "narration" in row and family.startswith("cue"):
-                    assert row["narration"] == ["", *(f" {answer}" for answer in answers)]
+                if "narration" in row and family.startswith(("cue", "ask")):
+                    said = [f" {answer}" for answer in answers]
+                    assert row["narration"] == [""] * (len(made.scenes) - len(said)) + said
+                    assert ("stream" in row) == (family != "ask"), "without its question nobody could tell"
                 if "narration" in row:
                     assert len(row["narration"]) == len(made.scenes)
                     assert answers[-1] in row["narration"][-1] or row["source"].endswith("_mc")

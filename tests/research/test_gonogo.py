@@ -232,6 +232,11 @@ def test_one_failed_run_is_a_no_go(ready, tmp_path, capsys):
     assert report(["--go-no-go", *map(str, ready)]) == 1
     assert "Verdict: NO-GO. Fail: every run is done." in capsys.readouterr().out
     assert outcomes(ready)["Every run is done"] == FAIL
+    rows[-1] |= {"status": "not_run", "reason": ""}  # as `--only` leaves it
+    made.write_rows(ready[0] / "results.csv", made.RESULTS, rows)
+    assert outcomes(ready)["Every run is done"] == PASS
+    found = next(each for each in check([open_subject(ready[0])]) if each.title == "Every run is done").findings
+    assert found[0][1].evidence == "6 done, 1 never begun"
 
 
 def test_what_is_not_measured_is_no_go(ready):

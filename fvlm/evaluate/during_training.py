@@ -45,6 +45,11 @@ def validation_suite(config: RunConfig, data: TrainingData, world: World) -> Sui
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.val = {list(config.data.val)}: {error}") from error
+    if suite.plan.objective != config.train.objective:
+        count = len(suite.plan.table)
+        raise ConfigError(
+            f"data.val = {list(config.data.val)}: no preference pair (chosen, rejected) among its {count} samples"
+        )
     mode = config.train.mode
     asked = [f"{task.name}/{mode}/{name}" for task in suite.choice if task.questions for name in SUMMARY_FIGURES]
     require_figures(config.best_metric, expected_figures(config, suite.source_names, asked))

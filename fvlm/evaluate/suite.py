@@ -214,7 +214,8 @@ def _captions(items: list[Item], unreadable: Counter, writer: Writer, by_name: b
 def _plan(table: SampleTable, mixture: Mixture, layout: Layout, objective: str, tokens: int, most: int | None) -> Plan:
     """One pass over the set in its own composition."""
     if objective == "dpo" and not np.any(table.rejected_answer):
-        raise ConfigError(f"validation set of {len(table)} samples: no preference pair (chosen, rejected) among them")
+        logger.info("no preference pair (chosen, rejected) in the validation set: the loss is that of its answers")
+        objective = "ce_answer"
     total = len(table) if most is None else min(len(table), most)
     shown = Mixture(
         looks=mixture.looks,

@@ -203,6 +203,14 @@ def test_question_first_shows_the_same_set_in_the_other_order(folder, tokenizer,
     ]
 
 
+def test_preference_models_are_asked_about_answers_where_there_are_no_pairs(folder, tokenizer, small):
+    losses = [
+        build(folder, tokenizer, objective=objective, tasks=("loss",)).losses(small, "coarse_fine").loss
+        for objective in ("dpo", "ce_answer")
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_gaps_need_both_modes():
     assert gaps({"coarse_fine": {"loss": {"loss": 1.0}}}) == {}
     both = {"coarse_fine": {"loss": {"loss": 1.0}}, "autoregressive": {"loss": {"loss": 1.5}}}

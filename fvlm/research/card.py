@@ -137,7 +137,7 @@ def _accuracies(stages: Sequence[RunRecords], figures: Figures) -> list[str]:
         own = stage.accuracy(task, stage.trained_mode)
         change = None
         if last is not None and before is not None:
-            same = stage.setting("data.val") == last.setting("data.val")
+            same = _asked(stage) == _asked(last)
             change = f"{100 * (own['accuracy'] - before['accuracy']):+.1f} points" if same else "other validation data"
         rows.append(
             (f"after {stage.name}", *(with_interval(found.get(mode)) for mode in MODES), percent(own["chance"]), change)
@@ -157,6 +157,12 @@ def _accuracies(stages: Sequence[RunRecords], figures: Figures) -> list[str]:
         caption = "Accuracy after each stage in the three modes; bars are 95 % intervals, dashed lines chance"
         lines += figures.draw("stages", caption, plot_modes, bars)
     return lines
+
+
+def _asked(stage: RunRecords) -> Any:
+    """What the stage's evaluation was of: the identity of the data on record, or else what the configuration names."""
+    identity = (stage.evaluation or {}).get("identity") or {}
+    return identity.get("data") or stage.setting("data.val")
 
 
 def _first_accuracy(stage: RunRecords, task: str | None) -> float | None:

@@ -87,6 +87,10 @@ def test_accuracies_on_other_data_are_not_subtracted(stages, tmp_path, without_f
     text = write_card(stages, tmp_path / "card.md").read_text()
     assert "other validation data" in text
     assert "points |" not in text
+    for stage in stages:  # asked the same, whatever they were trained beside
+        path = stage / "evaluation" / "evaluation.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"identity": {"data": "2ef0"}}))
+    assert "+30.0 points |" in write_card(stages, tmp_path / "card.md").read_text()
 
 
 def test_what_lacks_is_named(stages, tmp_path, without_figures):

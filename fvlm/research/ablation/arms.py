@@ -205,7 +205,6 @@ def _from(start: PlannedRun | None, out: Path) -> list[str]:
     """The override that lets a run start from another one's weights; the same however `out` is spelled."""
     if start is None:
         return []
-    place = Path(os.path.abspath(out / start.name))
-    return [
-        f"init_from={json.dumps(str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place))}"
-    ]
+    place, here = Path(os.path.abspath(out / start.name)), Path.cwd()
+    shown = place.relative_to(here) if place.is_relative_to(here) else place
+    return [f"init_from={json.dumps(str(shown))}"]

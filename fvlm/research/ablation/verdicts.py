@@ -90,7 +90,7 @@ class Verdict:
     """How much better, and the bounds of that; below 0: worse."""
     sides: tuple[Measured, Measured] | None = None
     knows_seeds: bool = False
-    """Whether the bounds hold what seeds differ by."""
+    """Whether seeds were repeated often enough to say what they differ by."""
 
     def words(self) -> str:
         """The figures in a line."""

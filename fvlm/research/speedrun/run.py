@@ -136,15 +136,15 @@ def tell_to_end(command: subprocess.Popen) -> None:
 
     DeepSpeed's launcher passes the signal to nobody, and ends by itself with its ranks (docs/distribution.md).
     """
-    try:
-        ranks = [each for each in psutil.Process(command.pid).children(recursive=True) if _is_rank(each)]
-    except psutil.NoSuchProcess:
+    if command.returncode is not None:  # it has ended, and its number may be another process's
         return
-    if not ranks:
-        os.killpg(command.pid, signal.SIGTERM)
-    for rank in ranks:
-        with suppress(psutil.NoSuchProcess):
-            rank.terminate()
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        ranks = [each for each in psutil.Process(command.pid).children(recursive=True) if _is_rank(each)]
+        if not ranks:
+            os.killpg(command.pid, signal.SIGTERM)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.terminate()
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -130,6 +130,8 @@ class Heartbeat:
         print(f"train: rank {self._rank}: {reason}. Ending; where this rank is:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
+        if self._size > 1:  # the others learn the same a few periods later, if their collectives do not break before
+            time.sleep(4 * self._period)
         os._exit(EXIT_CODE)  # the training thread hangs, so nothing else can end it
 
 

@@ -172,7 +172,7 @@ def test_what_is_printed(matrix, study):
     assert "\n ~D1 " in text
     assert "T: Is a task mix" in text
     assert "left out: it names sources of real data" in text
-    assert "judged by mc_autoregressive (higher by more than 0.02), else accuracy_autoregressive" in text
+    assert "judged by accuracy_autoregressive (higher by more than 0.02), else mc_autoregressive" in text
     for question in matrix.questions.values():
         assert question.asks in text
 

@@ -47,11 +47,11 @@ demo-real: install  ## the same road on real videos and photos: REAL=path/to/man
 	$(BIN)/python launch/report.py runs/real
 	@echo; echo "Look at runs/real/report.md"
 
-test: install  ## the tests, on three processes: a third of a test's time is waiting
-	$(BIN)/pytest -n 3 --dist worksteal -m "not slow"
+test: install  ## the tests, on two processes
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 test-all: install  ## the tests with the slow ones
-	$(BIN)/pytest -n 3 --dist worksteal
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: install  ## ruff
 	$(BIN)/ruff check .

@@ -56,6 +56,7 @@ CHANGES = {
     "R": {"model.random_queries": True},
     "G": {"train.fine_iterations": [1, 2]},
     "G_third": {"train.fine_iterations": [1, 1, 2]},
+    "G_late": {"train.fine_iterations": [1, 2], "train.total_samples": 10000},
     "N_0": {"data.mixture.narrated": 0.0},
     "N_half": {"data.mixture.narrated": 0.5},
     "N_all": {"data.mixture.narrated": 1.0},
@@ -63,7 +64,7 @@ CHANGES = {
     "N_second": {"train.total_samples": 20000},
     "N_both": {"train.total_samples": 20000},
 }
-STARTS = {"F1": "P", "F2": "P", "F3_P": "P", "N_first": "H", "N_second": "H_0", "N_both": "H"}
+STARTS = {"F1": "P", "F2": "P", "F3_P": "P", "G_late": "H", "N_first": "H", "N_second": "H_0", "N_both": "H"}
 CLIPS_ALONE = {"B1_batch", "N_first", "N_second", "N_both"}
 
 
@@ -100,12 +101,14 @@ def test_all_of_the_list_and_each_arm_only_what_it_says(matrix, base_135m, tmp_p
     assert plan.same_as == {"F3_P": "F3", "N_0": "F3"}
     assert set(plan.left_out) == {"P", "B1_batch", "N_stage"}
     configs = write_plan(plan.runs, base_135m, tmp_path)
-    assert {run.labels["arm"] for run in plan.runs} == set(CHANGES) - {*plan.same_as, *CLIPS_ALONE}
+    assert {run.labels["arm"] for run in plan.runs} == {"H", *CHANGES} - {*plan.same_as, *CLIPS_ALONE}
+    late = {"init_from": str(OUT / "H-s0"), "train.total_samples": base_135m.train.total_samples // 4}
     for run in plan.runs:
-        found = changed(base_135m, configs[run.name])
-        assert matches(found, CHANGES[run.labels["arm"]]), (run.name, found)
+        arm, found = run.labels["arm"], changed(base_135m, configs[run.name])
         assert configs[run.name].train.seed == 0
-        assert run.labels["changed"].count("→") == len(found)
+        if arm not in matrix.starts:
+            assert matches(found, CHANGES[arm] | (late if arm == "G_late" else {})), (run.name, found)
+            assert run.labels["changed"].count("→") == len(found)
 
 
 def test_on_drawn_clips(matrix, study, tmp_path):
@@ -148,7 +151,7 @@ def test_all_arms_see_the_same_samples_but_those_that_are_marked(matrix, study, 
     table = draw_table(1500, sources)
     plan = plan_ablations(matrix, study, OUT)
     configs = write_plan(plan.runs, study, tmp_path)
-    assert plan.other_samples == {"D1", "N_first", "N_second", "N_both"}  # half as many
+    assert plan.other_samples == {"D1", "G_late", "N_first", "N_second", "N_both"}  # fewer
     first = SampleOrder(table, mixture(study), 0).take(0, 1200)[0]
     windows = {}
     for run in plan.runs:

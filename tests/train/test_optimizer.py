@@ -152,7 +152,7 @@ def test_deepspeeds_adam_on_the_cpu_is_torchs_and_leaves_out_the_same_steps(tmp_
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     build = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
     subprocess.run([sys.executable, "-c", build], check=True)
-    expected = run_ranks(run_skips, 1, ["zero2_offload"], ["fp32"])[0]["fp32", "zero2_offload"]
-    found = run_ranks(run_skips, 1, ["zero2_offload"], ["fp32"], "deepspeed_cpu")[0]["fp32", "zero2_offload"]
+    expected = run_ranks(run_skips, 1, [("fp32", "zero2_offload")])[0]["fp32", "zero2_offload"]
+    found = run_ranks(run_skips, 1, [("fp32", "zero2_offload")], "deepspeed_cpu")[0]["fp32", "zero2_offload"]
     assert (expected[0], found[0]) == ("device", "host")
     assert expected[1:] == found[1:]

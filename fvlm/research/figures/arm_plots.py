@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from fvlm.research.plots import column_words
 from fvlm.research.study.rows import Spread
@@ -46,6 +47,7 @@ def plot_panels(
         figure, grid = plt.subplots(
             rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
         )
+        grid[0][0].xaxis.set_major_locator(MaxNLocator(4))  # counts of samples have many digits
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for place, (axes, (title, arms)) in enumerate(zip(grid.flat, panels.items(), strict=False)):

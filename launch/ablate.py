@@ -26,7 +26,7 @@ from fvlm.research.ablation.arms import describe, plan_ablations
 from fvlm.research.ablation.matrix import load_matrix
 from fvlm.research.ablation.results import write_results
 from fvlm.research.ablation.verdicts import said
-from fvlm.research.study.runner import Launcher, collect, read_plan, run_study
+from fvlm.research.study.runner import Launcher, collect_again, read_plan, run_study
 from fvlm.schema import ConfigError
 
 
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--matrix", default="ablations", help="YAML of questions and arms: a path, or a bare name")
     parser.add_argument("--out", type=Path, help="folder of the study; default runs/<matrix>-<base>")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="arms or questions; default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="default: the matrix's")
+    parser.add_argument("--seeds", nargs="+", default=[], help="default: the matrix's")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time: a GPU each, or parts of the CPU cores")
     parser.add_argument("--ds_config", default="zero2.json", help="DeepSpeed JSON of all runs")
     parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs too")
@@ -46,6 +46,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--collect", action="store_true", help="run nothing, write the tables and verdicts anew")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the base, e.g. train.total_samples=2e4")
     args = parser.parse_intermixed_args()
+    for words in (args.only, args.seeds):  # take all words that follow them, key=value too
+        args.overrides += [word for word in words if "=" in word]
+    args.only = [word for word in args.only if "=" not in word]
+    try:
+        args.seeds = [int(word) for word in args.seeds if "=" not in word]
+    except ValueError:
+        parser.error(f"--seeds {' '.join(args.seeds)}: expected whole numbers")
     if args.parallel < 1:
         parser.error(f"--parallel {args.parallel}: expected at least 1")
     return args
@@ -61,7 +68,7 @@ def ablate(args: argparse.Namespace) -> int:
         return 0
     code = 0
     if args.collect:
-        collect(plan.runs, out)
+        collect_again(plan.runs, base, out)
     else:
         launcher = Launcher(parallel=args.parallel, ds_config=args.ds_config)
         keep = args.keep_checkpoints

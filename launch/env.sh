@@ -2,8 +2,8 @@
 #
 #   source launch/env.sh /workspace         in every shell, or as the first line of a job script
 #
-# Caches of models, packages and compilers, temporary files and wandb's files go below VOLUME; `runs`, `shards` and
-# `demo` in this repository become links to folders there, unless they exist. Nothing is moved, nothing is deleted.
+# Caches of models, packages and compilers, temporary files and wandb's files go below VOLUME; `runs`, `data`, `shards`
+# and `demo` in this repository become links to folders there, unless they exist. Nothing is moved, nothing is deleted.
 # Keep the repository itself on the volume too: its .venv with CUDA packages is several GB.
 
 _fvlm_env() {

@@ -1,7 +1,7 @@
 """Write a checkpoint as a Hugging Face folder that stands alone: weights, processor, code and model card.
 
 python launch/export.py --checkpoint runs/demo --out exported/demo
-python launch/export.py --checkpoint runs/demo/checkpoints/step-00000500 --out exported/demo-500 --licence apache-2.0
+python launch/export.py --checkpoint runs/demo/checkpoints/step-00000200 --out exported/demo-200 --licence apache-2.0
 
 The folder works where only torch, transformers, Pillow and PyAV are installed:
     AutoModel.from_pretrained("exported/demo", trust_remote_code=True)

@@ -74,13 +74,13 @@ def read_csv(path: str | Path, required: Sequence[str] = ()) -> Table:
     row follows the header.
     """
     path = Path(path)
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
         rows = list(csv.reader(file))
     if not rows:
         raise ValueError(f"{path}: empty file; expected a header row with {', '.join(required) or 'column names'}")
-    header, body = rows[0], rows[1:]
-    for number, row in enumerate(body, start=2):
-        if len(row) != len(header):
+    header, body = rows[0], [row for row in rows[1:] if row]  # spreadsheets end with empty lines
+    for number, row in enumerate(rows[1:], start=2):
+        if row and len(row) != len(header):
             raise ValueError(f"{path}: line {number} has {len(row)} cells, the header has {len(header)}")
     table = Table({name: [row[i] for row in body] for i, name in enumerate(header)}, str(path))
     table.require(required)

@@ -158,11 +158,14 @@ def test_several_ways_to_a_yes_make_each_of_them_harder(tmp_path):
     assert answers == ["yes", "not resolved"]
 
 
-def test_an_arm_of_which_seeds_failed_is_no_yes(tmp_path):
+def test_an_arm_of_which_seeds_failed_is_never_the_better_one(tmp_path):
     plant(tmp_path, {"base": [0.5, 0.5], "better": [0.9, 0.9]}, failed={"better": 2})
     found = judge(read_study(tmp_path), Comparison(of="better", against="base"), [HIGHER])
     assert (found.answer, found.sides[0].failed) == ("not resolved", 1)
     assert "1 of better failed" in found.words()
+    assert judge(read_study(tmp_path), Comparison(of="base", against="better"), [HIGHER]).answer == "not resolved"
+    plant(tmp_path, {"base": [0.5, 0.5], "better": [0.9, 0.9]}, failed={"base": 2})
+    assert judge(read_study(tmp_path), Comparison(of="better", against="base"), [HIGHER]).answer == "yes"
     assert judge(read_study(tmp_path), Comparison(of="base", against="better"), [HIGHER]).answer == "no"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +196,25 @@ def test_a_part_of_it_and_further_seeds(matrix, study, tmp_path):
     assert "A6-s5" not in plan.chosen
     with pytest.raises(ConfigError, match=r"only = 'A9': expected an arm \(F3, F1, .*\) or a question \(F1, F2, A7"):
         plan_ablations(matrix, study, OUT, only=["A9"])
+
+
+def test_an_arm_that_is_another_one_on_a_base_takes_that_one_along(matrix, base_135m):
+    plan = plan_ablations(matrix, base_135m, OUT, only=["F1", "F3_P"], seeds=[3])
+    assert plan.chosen == {"F1-s3", "F3-s3"}
+    assert plan_ablations(matrix, base_135m, OUT, only=["F3_P"]).chosen == {"F3-s0"}
+
+
+def test_words_that_follow_a_list_are_overrides_where_they_are_key_value(monkeypatch, capsys):
+    words = ["--base", "study", "--only", "F3", "A6", "name=other", "--seeds", "1", "2", "train.total_samples=2e4"]
+    ablate = importlib.import_module("launch.ablate")
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *words])
+    asked = ablate.parse()
+    assert (asked.only, asked.seeds) == (["F3", "A6"], [1, 2])
+    assert sorted(asked.overrides) == ["name=other", "train.total_samples=2e4"]
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "--base", "study", "--seeds", "one"])
+    with pytest.raises(SystemExit):
+        ablate.parse()
+    assert "--seeds one: expected whole numbers" in capsys.readouterr().err
 
 
 SMALL = {

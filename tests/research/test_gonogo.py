@@ -99,7 +99,15 @@ def test_the_slope_is_that_of_the_last_fifth():
     early = np.where(samples < 700, 5.0, 0.0)
     losses = 1 + 0.01 * (1000 - samples) / 200 + early
     finding = rules.converged(curve(losses, samples))
-    assert finding == (PASS, "falling 1.0% a fifth of the run (last 10 evaluations)")
+    assert finding == (PASS, "falling 1.0% a fifth of the run (last 11 evaluations)")
+
+
+def test_a_last_evaluation_close_behind_another_does_not_decide():
+    """One each tenth of the run, and one more at its end that happens to equal the one before."""
+    samples, losses = [*range(95, 1000, 100), 1000], [3 - 0.2 * n for n in range(10)]
+    finding = rules.converged(curve([*losses, losses[-1]], samples))
+    assert finding.outcome == FAIL
+    assert "(last 4 evaluations)" in finding.evidence
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,17 @@ def test_no_crossover_is_said_with_how_sure_it_is():
     assert "beyond the noise at 4 of 4 budgets" in found["text"]
 
 
+def test_sizes_without_a_name_are_compared_whatever_their_parameters():
+    """The kinds' models of a size differ by 0.3 % in their parameters, and the best size is not the smallest."""
+    made = list(rows(noise=0, kinds=two_kinds(lambda n, d: loss_of(n, d) + 0.05)))
+    named = fit(made)["crossover"]
+    for row in made:
+        del row["size"]
+        row["parameters"] *= 1.003 if row["architecture"] == "multi_token" else 1
+    found = fit(made)["crossover"]
+    assert found["losses"] == {kind: pytest.approx(losses) for kind, losses in named["losses"].items()}
+
+
 def test_a_failed_run_favours_no_kind():
     made = list(rows(noise=0, kinds=two_kinds(lambda n, d: loss_of(n, d) + 0.01)))
     own = [row for row in made if row["budget"] == BUDGETS[2] and row["architecture"] == "foveated"]

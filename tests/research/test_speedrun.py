@@ -18,6 +18,7 @@ import yaml
 from fvlm.config import REPOSITORY, load_config
 from fvlm.data.chat import load_tokenizer
 from fvlm.model.flops import Sample, flops_per_sample
+from fvlm.research.ablation.matrix import load_matrix
 from fvlm.research.speedrun.cost import command_flops, known_rate
 from fvlm.research.speedrun.run import SCALES, Machine, load_scale, main
 from fvlm.research.study.workload import StatedSample
@@ -136,6 +137,9 @@ def test_every_command_fits_the_script_that_it_calls(name, tmp_path, monkeypatch
             parse = importlib.import_module(module).parse
             monkeypatch.setattr(sys, "argv", [module, *arguments])
             asked = parse(arguments) if inspect.signature(parse).parameters else parse()
+            if module == "launch.ablate":
+                matrix = load_matrix(asked.matrix)
+                assert set(asked.only) <= matrix.arms.keys() | matrix.questions.keys()
             if module == "launch.train":
                 load_config(asked.config, asked.overrides)
     assert {f"launch.{each}" for each in ("train", "evaluate", "ablate", "scaling_grid", "report", "export")} <= scripts

@@ -20,7 +20,7 @@ import pytest
 from fvlm.config import load_config
 from fvlm.research.study.processes import evaluate_arguments, last_message
 from fvlm.research.study.records import read_study
-from fvlm.research.study.runner import Launcher, PlannedRun, collect, read_plan, run_study
+from fvlm.research.study.runner import Launcher, PlannedRun, collect_again, read_plan, run_study
 from fvlm.research.study.tables import write_csv
 from fvlm.schema import ConfigError
 
@@ -107,7 +107,7 @@ def test_killed_and_restarted_gives_the_same_tables(base, tmp_path, monkeypatch)
     monkeypatch.setenv("FAKE_PAUSE", "0")
     torn = killed / "coarse" / "metrics.jsonl"
     torn.write_text(torn.read_text() + '{"kind": "ev')
-    collect(read_plan(killed), killed)
+    collect_again(read_plan(killed), base, killed)
     assert [row["status"] for row in rows(killed / "results.csv")] == ["done", "stopped", "not_run"]
     assert run_study(RUNS, base, killed, launcher=LAUNCHER).exit_code == 0
     assert starts(killed, "base") == ["train", "evaluate"]
@@ -161,6 +161,31 @@ def test_other_questions_to_a_finished_run_train_it_again_where_its_weights_are_
     assert starts(tmp_path, "base") == ["train", "evaluate"] * 2
     run_study([run("base")], base, tmp_path, launcher=LAUNCHER)
     assert starts(tmp_path, "base") == [*["train", "evaluate"] * 2, "evaluate"]
+
+
+def test_a_run_is_done_again_where_the_one_that_it_starts_from_changed(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [run("first"), run("second", 'init_from="out/first"', after="first")]
+    run_study(runs, base, "out", launcher=LAUNCHER)
+    run_study(runs, base, "out", launcher=LAUNCHER)
+    assert starts(Path("out"), "second") == ["train", "evaluate"]
+    run_study([run("first", "train.seed=5"), runs[1]], base, "out", launcher=LAUNCHER)
+    assert starts(Path("out"), "second") == ["train", "evaluate"] * 2
+
+
+def test_tables_are_written_anew_for_their_own_base_alone_and_beside_no_study_at_work(base, tmp_path):
+    run_study(RUNS[:1], base, tmp_path, launcher=LAUNCHER)
+    table = tmp_path / "results.csv"
+    before = table.read_bytes()
+    table.unlink()
+    collect_again(RUNS[:1], base, tmp_path)
+    assert table.read_bytes() == before
+    with pytest.raises(ConfigError, match=r"it holds one of base .*; repeat the key=value it was begun with"):
+        collect_again(RUNS[:1], load_config("tiny_test"), tmp_path)
+    with (tmp_path / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is at work there"):
+            collect_again(RUNS[:1], base, tmp_path)
 
 
 def test_each_of_several_runs_has_its_share_of_the_machine(monkeypatch):

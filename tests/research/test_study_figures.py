@@ -18,6 +18,7 @@ from fvlm.research.figures.catalogue import PLANS, write_figures
 from fvlm.research.study.records import NotDrawn, read_study
 from fvlm.research.study.rows import Spread, accuracy_spread
 from fvlm.research.style import STYLE
+from fvlm.research.tables import read_csv
 from tests.research import made_up_study as made
 
 OF_ARMS = {
@@ -165,6 +166,26 @@ def test_a_single_foreign_csv_is_a_study(tmp_path, only, without_drawing):
     assert "| convergence | theirs | no curves.csv |" in text
 
 
+def test_a_table_as_a_spreadsheet_saves_it(tmp_path):
+    path = tmp_path / "theirs.csv"
+    path.write_bytes("\ufeffrun,samples\r\none,5\r\n\r\n".encode())
+    assert read_csv(path, ["run"]).columns == {"run": ["one"], "samples": ["5"]}
+    path.write_bytes("\ufeffrun,samples\r\n\r\none\r\n".encode())
+    with pytest.raises(ValueError, match="line 3 has 1 cells, the header has 2"):
+        read_csv(path)
+
+
+def test_captions_name_what_is_drawn_alone(tmp_path, only, without_drawing):
+    """The base was not run, nothing says what chance is, and one arm diverged."""
+    rows = [row | {"chance": ""} for row in made.ablation_rows()]
+    rows = [row | {"status": "not_run"} if row["arm"] == "F3" else row for row in rows]
+    only("arms", "convergence")
+    path, _ = write_figures([made.write_study(tmp_path / "a", rows, maps=False)], tmp_path / "figures")
+    assert not any(words in path.read_text() for words in ("black is", "the band is", "dashed line is chance"))
+    whole, _ = write_figures([made.write_study(tmp_path / "b", made.ablation_rows())], tmp_path / "whole")
+    assert all(words in whole.read_text() for words in ("black is", "the band is", "dashed line is chance"))
+
+
 def test_tables_that_cannot_be_read_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no results\.csv; expected a study's folder"):
         read_study(tmp_path)
@@ -193,7 +214,7 @@ def test_decisions_rest_on_the_base_and_on_the_plainest_controls(tmp_path):
     with pytest.raises(ValueError, match="arm 'LR9': not in study a; it has P, Q_coarse, F3"):
         study.recipe("LR9")
     grid = read_study(made.write_study(tmp_path / "g", made.grid_rows(), maps=False))
-    assert [run.name for run in grid.recipe()] == ["xl-foveated-6.4e+13"]
+    assert [run.name for run in grid.recipe()] == [run.name for run in grid.recipe("LR2")] == ["xl-foveated-6.4e+13"]
 
 
 def test_seeds_are_one_figure_with_the_reach_of_their_intervals(tmp_path):

@@ -103,6 +103,8 @@ def plan_ablations(
             found.runs.append(run)
             if seed in asked:
                 found.chosen.add(run.name)
+    if stand_ins := {first for name, first in found.same_as.items() if name in wanted} - wanted:
+        return plan_ablations(matrix, base, out, only=wanted | stand_ins, seeds=seeds, earlier=earlier)
     return found
 
 

@@ -155,27 +155,21 @@ def _by_family(study: StudyRecords, arms: dict[str, list[StudyRun]]) -> Iterable
 
 
 def append_log(log: Path, matrix: Matrix, base: str, study: StudyRecords, verdicts: dict[str, list[Verdict]]) -> int:
-    """A row for each question whose figures are not in the log yet; returns how many. Nothing else in it is touched."""
+    """A row for each question whose figures, or the answer to them, are not in the log yet; returns how many.
+
+    Nothing else in it is touched.
+    """
     there = log.read_text(encoding="utf-8") if log.is_file() else ""
     rows = []
     for name, found in verdicts.items():
         if said(found) == ABSENT:
             continue
-        key = _key(name, study, found)
-        if f"| {key} |" in there:
+        key, figures = _key(name, study, found), "; ".join(each.words() for each in found)
+        known = [line for line in there.splitlines() if line.endswith(f"| {key} |")]
+        if known and f" | {cell(said(found))} | " in known[-1]:  # further seeds of other arms may change the answer
             continue
-        figures = "; ".join(each.words() for each in found)
-        commits = ", ".join(study.commits)
-        values = [
-            time.strftime("%Y-%m-%d"),
-            base,
-            commits,
-            name,
-            matrix.questions[name].asks,
-            said(found),
-            figures,
-            key,
-        ]
+        commits, asked = ", ".join(study.commits), matrix.questions[name].asks
+        values = [time.strftime("%Y-%m-%d"), base, commits, name, asked, said(found), figures, key]
         rows.append("| " + " | ".join(map(cell, values)) + " |\n")
     if rows:
         log.parent.mkdir(parents=True, exist_ok=True)

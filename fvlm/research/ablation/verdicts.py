@@ -165,7 +165,7 @@ def _all_choices(study: StudyRecords, run: StudyRun, mode: str) -> tuple[float, 
 def judge(study: StudyRecords, comparison: Comparison, rules: Sequence[Rule], out_of: int = 1) -> Verdict:
     """By the first rule whose metric both arms have: yes if the gain's interval is above the margin, no if below.
 
-    `out_of`: comparisons any of which would answer the question. An arm of which runs failed is never a yes.
+    `out_of`: comparisons any of which would answer the question. An arm of which runs failed is never the better one.
     """
     for rule in rules:
         of, against = (measure(study, arm, rule.metric) for arm in _names(comparison))
@@ -175,7 +175,7 @@ def judge(study: StudyRecords, comparison: Comparison, rules: Sequence[Rule], ou
         all_arms = Deviation.of(arm.values for arm in arms if arm is not None)
         gain = improvement(of, against, rule.better, all_arms, 1 - 0.05 / out_of)
         answer = YES if gain[1] > rule.margin else NO if gain[2] < rule.margin else OPEN
-        if answer == YES and of.failed:
+        if (answer == YES and of.failed) or (answer == NO and against.failed):
             answer = OPEN
         repeated = min(len(of.values), len(against.values)) > 1
         known = repeated or all_arms.freedom >= ENOUGH

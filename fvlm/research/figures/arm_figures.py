@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fvlm.evaluate.maps import ClipMaps, load_clip
-from fvlm.research.figures.arm_plots import plot_arm_modes, plot_dots, plot_families, plot_panels
+from fvlm.research.figures.arm_plots import plot_arm_modes, plot_dots, plot_families, plot_panels, usual_top
 from fvlm.research.sections import MODES
 from fvlm.research.strips import plot_strip
 from fvlm.research.study.records import Drawn, NotDrawn, StudyRecords
@@ -37,9 +37,12 @@ def draw_curves(column: str, ylabel: str, what: str, level: tuple[float, str] | 
         if column == "accuracy" and (chance := _one_chance(panels)) is not None:
             marked = (chance, "chance")
         scale = 100 if column == "accuracy" else 1
-        paths = plot_panels(panels, column, ylabel, stem, base, level=marked, scale=scale)
-        unchanged = "" if base is None else f"; black is the unchanged configuration ({base})"
-        caption = f"{what} over the training samples seen{unchanged}; {SEEDS}"
+        top = usual_top(panels, column)
+        paths = plot_panels(panels, column, ylabel, stem, base, level=marked, scale=scale, top=top)
+        drawn = any(base in arms for arms in panels.values())
+        unchanged = f"; black is the unchanged configuration ({base})" if drawn else ""
+        cut = "" if top is None else "; the axis ends below the highest values"
+        caption = f"{what} over the training samples seen{unchanged}; {SEEDS}{cut}"
         return Drawn(caption=caption, runs=_names(runs), paths=paths)
 
     return draw
@@ -128,10 +131,15 @@ def _dots(study: StudyRecords, stem: Path, runs: Sequence[StudyRun], what: str) 
     if not shown:
         raise NotDrawn("results.csv has neither accuracy nor loss of a run that is done")
     paths = plot_dots(groups, {name: named[name] for name in shown}, stem, base)
-    band = "" if base is None else f"; the band is the reach of {base}"
-    chance = "; the dashed line is chance" if "accuracy" in shown else ""
-    caption = f"{what}, each in the mode that it trained: {REACH}{band}{chance}"
+    band = f"; the band is the reach of {base}" if any(base in arms for arms in groups.values()) else ""
+    found = [figures["accuracy"] for arms in groups.values() for figures in arms.values()]
+    caption = f"{what}, each in the mode that it trained: {REACH}{band}{_chance_words(found)}"
     return Drawn(caption=caption, runs=_names(runs), paths=paths)
+
+
+def _chance_words(spreads: Sequence[Spread | None]) -> str:
+    known = any(each is not None and math.isfinite(each.chance) for each in spreads)
+    return "; the dashed line is chance" if known else ""
 
 
 def draw_modes(study: StudyRecords, stem: Path) -> Drawn:
@@ -146,7 +154,8 @@ def draw_modes(study: StudyRecords, stem: Path) -> Drawn:
     if not arms:
         raise NotDrawn("results.csv has no run with accuracies in two modes")
     paths = plot_arm_modes(arms, stem)
-    caption = f"The same weights in the modes that they were asked in: {REACH}; the dashed line is chance"
+    chance = _chance_words([figures for by_mode in arms.values() for figures in by_mode.values()])
+    caption = f"The same weights in the modes that they were asked in: {REACH}{chance}"
     return Drawn(caption=caption, runs=_names(runs), paths=paths)
 
 

@@ -34,11 +34,13 @@ def plot_panels(
     x: str = "samples_seen",
     level: tuple[float, str] | None = None,
     scale: float = 1,
+    top: float | None = None,
 ) -> tuple[Path, Path]:
     """A column of `curves.csv` over `x`: a panel a question, a line an arm, thin lines its further seeds.
 
     `panels`: title -> arm -> one table a seed. `base`: the arm drawn in black in every panel.
-    `level`: a height to mark in every panel, and its name; `scale`: what the column is multiplied by.
+    `level`: a height to mark in every panel, and its name; `scale`: what the column is multiplied by;
+    `top`: where the shared axis ends, in the column's own unit; None: where the curves do.
     """
     columns = min(len(panels), 3 if len(panels) <= 9 else 4)
     rows = math.ceil(len(panels) / columns)
@@ -65,12 +67,12 @@ def plot_panels(
                 axes.set_xlabel(column_words(x))
         for row in grid:
             row[0].set_ylabel(ylabel)
-        if (top := _top(panels, column)) is not None:
+        if top is not None:
             grid[0][0].set_ylim(top=scale * top)
         return save_figure(figure, stem)
 
 
-def _top(panels: Mapping[str, Mapping[str, Sequence[Table]]], column: str) -> float | None:
+def usual_top(panels: Mapping[str, Mapping[str, Sequence[Table]]], column: str) -> float | None:
     """Where to end the shared axis, so that an arm that diverged does not flatten all others; None: as it comes."""
     tables = [table for arms in panels.values() for seeds in arms.values() for table in seeds]
     values = np.concatenate([table.numbers(column) for table in tables])

@@ -92,8 +92,9 @@ def check(subjects: Sequence[Subject]) -> list[Check]:
         ),
         Check(
             title="Curves converged",
-            rule=f"at least {rules.LEAST_EVALUATIONS} evaluations, and the line through the last fifth of them (two at "
-            f"least) promises a fall of the validation loss of at most {rules.MOST_FALL:.0%} over a further fifth",
+            rule=f"at least {rules.LEAST_EVALUATIONS} evaluations, and the line through those of the last fifth of the "
+            "run, from the last one before it on, promises a fall of the validation loss of at most "
+            f"{rules.MOST_FALL:.0%} over a further fifth",
             findings=_of_runs(subjects, lambda curve, _: rules.converged(curve)),
         ),
         Check(

@@ -22,7 +22,7 @@ from fvlm.train.metrics import CSV_COLUMNS
 
 PASS, FAIL, NOT_MEASURED = "pass", "fail", "not measured"
 LAST_PART = 0.2
-"""Share of the evaluations, the last ones, by which a curve counts as converged."""
+"""Share of the run, its last, by which a curve counts as converged."""
 LEAST_EVALUATIONS = 5
 MOST_FALL = 0.02
 """Largest fall of the loss, as a share of it, that the last part's slope may still promise over a fifth of the run."""
@@ -94,8 +94,8 @@ def as_figures(spread: Spread | None) -> dict[str, float] | None:
 
 
 def converged(curve: Table | None) -> Finding:
-    """Passes where the line through the last fifth of the evaluations (two at least) promises a fall of the validation
-    loss of at most MOST_FALL over a further fifth of the run."""
+    """Passes where the line through the evaluations of the last fifth of the run, from the last one before it on,
+    promises a fall of the validation loss of at most MOST_FALL over a further fifth of the run."""
     if curve is None or any(name not in curve.columns for name in ("samples_seen", "val_loss")):
         return Finding(NOT_MEASURED, "no validation loss over training")
     samples, loss = curve.numbers("samples_seen"), curve.numbers("val_loss")
@@ -103,7 +103,8 @@ def converged(curve: Table | None) -> Finding:
     samples, loss = samples[keep], loss[keep]
     if len(loss) < LEAST_EVALUATIONS:
         return Finding(NOT_MEASURED, f"{len(loss)} evaluation(s), {LEAST_EVALUATIONS} are needed")
-    count = max(2, math.ceil(LAST_PART * len(loss)))
+    before = int(np.searchsorted(samples, (1 - LAST_PART) * samples[-1] * (1 + 1e-9), side="right")) - 1
+    count = len(loss) - min(max(before, 0), len(loss) - 2)
     slope = np.polyfit(samples[-count:], loss[-count:], 1)[0]
     fall = float(-slope * LAST_PART * samples[-1] / loss[-1])
     evidence = f"{'falling' if fall > 0 else 'rising'} {abs(fall):.1%} a fifth of the run (last {count} evaluations)"

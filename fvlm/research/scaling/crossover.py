@@ -57,9 +57,14 @@ def crossover(kinds: list[Points]) -> dict[str, Any] | None:
 
 
 def _common(sides: list[Points], pair: tuple[int, int]) -> set[str]:
-    """Sizes that both kinds have at a budget, so that a failed run favours nobody; all, where they share no name."""
-    own, other = ({points.label(i) for i in points.at(budget)} for points, budget in zip(sides, pair, strict=True))
-    return own & other or own | other
+    """Sizes that both kinds have at a budget, so that a failed run favours nobody.
+
+    All, where they share no name, or where sizes have none: the kinds' counts of parameters differ at one size.
+    """
+    at = [(points, points.at(budget)) for points, budget in zip(sides, pair, strict=True)]
+    own, other = ({points.label(i) for i in positions} for points, positions in at)
+    named = all(points.runs[i].text("size") for points, positions in at for i in positions)
+    return (own & other if named else set()) or own | other
 
 
 def _lowest(points: Points, budget: int, sizes: set[str]) -> tuple[float, Any]:

@@ -43,8 +43,7 @@ class Points:
 
     def label(self, position: int) -> str:
         """What a run's size is called."""
-        run = self.runs[position]
-        return run.text("size") or run.text("model") or f"{self.sizes[position]:.3g}"
+        return self.runs[position].text("size") or f"{self.sizes[position]:.3g}"
 
 
 def points_of(

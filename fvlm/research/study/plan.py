@@ -48,19 +48,23 @@ def write_plan(runs: Sequence[PlannedRun], base: RunConfig, out: Path) -> dict[s
 
     Raises ConfigError where a run cannot be, or where `out` holds a study of another base.
     """
-    digest = config_hash(base)
-    if (out / PLAN).is_file():
-        known = read_json(out / PLAN).get("base_hash")
-        require(known in (None, digest), "out", str(out), f"a new folder, or one with a study of base {digest}: "
-                f"it holds one of base {known}; choose another, or remove it")  # fmt: skip
+    require_base(base, out)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f"{BASE}.tmp"
     save_config(base, temporary)
     os.replace(temporary, out / BASE)
     configs = {run.name: run_config(run, base, out) for run in runs}
     listed = [{key: value for key, value in asdict(run).items() if key != "after" or value} for run in runs]
-    write_json(out / PLAN, {"base": base.name, "base_hash": digest, "commit": commit(), "runs": listed})
+    write_json(out / PLAN, {"base": base.name, "base_hash": config_hash(base), "commit": commit(), "runs": listed})
     return configs
+
+
+def require_base(base: RunConfig, out: Path) -> None:
+    """Raises ConfigError where `out` holds a study of another base."""
+    if (out / PLAN).is_file():
+        known, digest = read_json(out / PLAN).get("base_hash"), config_hash(base)
+        require(known in (None, digest), "out", str(out), f"a new folder, or one with a study of base {digest}: it "
+                f"holds one of base {known}; repeat the key=value it was begun with, or choose another")  # fmt: skip
 
 
 def read_plan(out: Path) -> list[PlannedRun]:

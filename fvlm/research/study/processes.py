@@ -116,7 +116,9 @@ def carry_out(
     """Train and evaluate, as far as it is not done; returns the contents of the run's `study.json`."""
     folder = out / run.name
     asked = evaluate_arguments(run, config)
+    start = read_record(out / run.after) if run.after else None
     record = {"config_hash": config_hash(config), "evaluate": asked, "status": "running", "reason": None}
+    record |= {"start": start and start["config_hash"]}
     known = read_record(folder)
     if is_done(folder, record):
         return known
@@ -160,11 +162,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_done(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the very run that is `wanted` (configuration and evaluation) was trained and evaluated."""
+    """Whether the very run that is `wanted` (configuration, evaluation, start) was trained and evaluated."""
     known = read_record(folder)
     if known is None or known["status"] != "done":
         return False
-    same = all(known[key] == wanted[key] for key in ("config_hash", "evaluate"))
+    known = {"start": wanted["start"], **known}  # records of before it was noted
+    same = all(known[key] == wanted[key] for key in ("config_hash", "evaluate", "start"))
     return same and (folder / "evaluation" / "evaluation.json").is_file()
 
 

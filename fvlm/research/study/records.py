@@ -77,12 +77,13 @@ class StudyRecords:
     def recipe(self, arm: str | None = None) -> list[StudyRun]:
         """The done runs on which a decision rests, one a seed.
 
-        Of `arm`, or the base arm; without arms the foveated runs that were given the most work. Never chosen by their
-        result. Raises ValueError for an arm that is not in the study.
+        Of `arm`, or the base arm; without arms (a grid) the foveated runs that were given the most work. Never chosen
+        by their result. Raises ValueError for an arm that a study with arms does not have.
         """
-        if arm is not None and arm not in {run.arm for run in self.runs}:
+        base = self.base_arm()
+        if arm is not None and arm not in {run.arm for run in self.runs} and base is not None:
             raise ValueError(f"arm {arm!r}: not in study {self.name}; it has {', '.join(self.arms(self.runs))}")
-        base = arm or self.base_arm()
+        base = base and (arm or base)
         if base is not None:
             return [run for run in self.done if run.arm == base]
         return _most_work([run for run in self.done if not run.is_baseline and run.mode != "coarse_only"])
@@ -115,7 +116,7 @@ def _most_work(runs: Sequence[StudyRun]) -> list[StudyRun]:
     if not known:
         return list(runs[-1:])
     most = max(known, key=lambda run: (run.number("train_flops"), run.number("parameters")))
-    same = ("train_flops", "parameters", "samples")
+    same = ("architecture", "tokens_per_frame", "grid", "trained_mode", "parameters", "samples", "budget", "comparison")
     return [run for run in known if all(run.text(column) == most.text(column) for column in same)]
 
 

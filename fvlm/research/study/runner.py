@@ -23,13 +23,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fvlm.config import RunConfig
-from fvlm.research.study.plan import PlannedRun, read_plan, with_needed, write_plan
+from fvlm.research.study.plan import PlannedRun, read_plan, require_base, with_needed, write_plan
 from fvlm.research.study.processes import Children, Launcher, carry_out, refuse
 from fvlm.research.study.tables import collect
 from fvlm.schema import ConfigError
 from fvlm.train.preemption import EXIT_CODE
 
-__all__ = ["Launcher", "PlannedRun", "Study", "collect", "read_plan", "run_study"]
+__all__ = ["Launcher", "PlannedRun", "Study", "collect_again", "read_plan", "run_study"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,16 @@ def run_study(
                 raise
         collect(runs, out)
     return Study(out=out, statuses={run.name: statuses[run.name] for run in chosen})
+
+
+def collect_again(runs: Sequence[PlannedRun], base: RunConfig, out: Path) -> None:
+    """Writes the tables of a study anew, and runs nothing.
+
+    Raises ConfigError where `out` holds a study of another base, or a study is at work there, which writes them itself.
+    """
+    require_base(base, out)
+    with _alone_in(out):
+        collect(runs, out)
 
 
 def _watch(futures: dict[str, Future], runs: Sequence[PlannedRun], out: Path, children: Children) -> dict[str, str]:

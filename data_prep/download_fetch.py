@@ -26,6 +26,7 @@ _CHUNK = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _LONGEST_PAUSE = 60.0  # seconds between attempts, unless the server asks for more
+_NEVER = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)  # what else keeps a file from being written may pass
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -73,7 +74,7 @@ class Fetcher:
                 if error.errno in _FULL_DISK:
                     told = "what is there is kept: see to the disk and run the same command again"
                     raise DiskError(f"{path}: {error.strerror}; {told}") from error
-                raise DownloadError("cannot_write", f"{path}: {error.strerror}", final=True) from error
+                raise DownloadError("cannot_write", f"{path}: {error.strerror}", error.errno in _NEVER) from error
 
     async def _attempt(self, url: str, part: _Part, attempts: _Attempts) -> int:
         """Ask once, and wherever that redirects to."""

@@ -14,7 +14,6 @@ Exit code 0: done, 1: failed, 2: wrong usage or configuration.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from fvlm.data.chat import load_tokenizer
+from fvlm.data.chat import load_tokenizer, tokenizer_hash
 from fvlm.data.errors import SampleError
 from fvlm.data.shard import find_shards
 from fvlm.evaluate.asking import Questions, evaluate_modes, ordering_table
@@ -41,6 +40,7 @@ from fvlm.research.reading import with_interval
 from fvlm.schema import ConfigError
 from fvlm.train.describe import commit, environment, write_json
 from fvlm.train.engine import World, start_ranks, stop_ranks, world_from_environment
+from fvlm.train.logs import start_logging
 
 
 def at_least_one(text: str) -> int:
@@ -155,7 +155,8 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     questions = {ordering: prepare(args, checkpoint, world, ordering) for ordering in orderings}
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = cast_parameters(checkpoint.model.to(world.device), dtype)
-    iterations = args.fine_iterations or (checkpoint.config.train.fine_iterations[0] if checkpoint.config else 1)
+    config, geometry = checkpoint.config, checkpoint.model.config
+    iterations = args.fine_iterations or (config.train.fine_iterations[0] if config else geometry.fine_iterations)
     has_modes = model.config.architecture == "foveated"
     modes = args.modes if has_modes else ["coarse_fine"]  # without queries all modes are the same
     path, record = out / "evaluation.json", None
@@ -205,11 +206,22 @@ def identity(args: argparse.Namespace, checkpoint: Checkpoint, asked: Questions,
     found = {
         "checkpoint": file_digest(Path(checkpoint.weights)),
         "code": commit(),
-        "arguments": {**arguments, "fine_iterations": iterations, "ordering": args.orderings[0]},
+        "arguments": {
+            **arguments,
+            **_other_tokenizer(args, checkpoint),
+            "fine_iterations": iterations,
+            "ordering": args.orderings[0],
+        },
     }
     if asked.suite:
         found["data"] = set_digest(asked.suite.indexes)
     return found | {benchmark.name: benchmark_digest(benchmark) for benchmark in asked.benchmarks}
+
+
+def _other_tokenizer(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, str]:
+    """The tokenizer where it is not the run's own, of which no record says anything."""
+    own = checkpoint.config.tokenizer if checkpoint.config else None
+    return {} if args.tokenizer in (None, own) else {"tokenizer": tokenizer_hash(load_tokenizer(args.tokenizer))}
 
 
 def draw_maps(record, suite, model, modes, iterations, out: Path, world: World) -> None:
@@ -271,7 +283,7 @@ def main() -> int:
     """Parse, evaluate, and turn what went wrong into one message and an exit code."""
     args = parse()
     world = world_from_environment()
-    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    start_logging(world)
     try:
         if world.size > 1:
             start_ranks()

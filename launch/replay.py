@@ -1,7 +1,7 @@
 """Repeat one step of a run and look inside: whose samples, which losses, which gradients, what is not finite.
 
-python launch/replay.py --run runs/demo --step 1200
-deepspeed --num_gpus 2 launch/replay.py --run runs/demo --step 1200 --save gradients.safetensors --json step.json
+python launch/replay.py --run runs/demo --step 250
+deepspeed --num_gpus 2 launch/replay.py --run runs/demo --step 250 --save gradients.safetensors --json step.json
 
 Starts from the newest checkpoint before the step and writes nothing to the run's folder. With the run's own number of
 ranks and its --ds_config, loss and gradient norm are the recorded ones, on a CPU bit for bit (docs/training.md).
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from fvlm.schema import ConfigError
 from fvlm.train.describe import write_json
 from fvlm.train.engine import start_ranks, stop_ranks, world_from_environment
 from fvlm.train.guard import DivergenceError
+from fvlm.train.logs import start_logging
 from fvlm.train.replay import replay, text
 from fvlm.train.zero_config import read_zero_json
 
@@ -47,7 +47,7 @@ def main() -> int:
     """Parse, replay, show; what went wrong is one message and an exit code."""
     args = parse()
     world = world_from_environment()
-    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    start_logging(world)
     try:
         if args.step < 1:
             raise ConfigError(f"--step {args.step}: expected 1 or more")

@@ -29,6 +29,7 @@ from fvlm.train.describe import derived_numbers, run_summary, write_json
 from fvlm.train.engine import Engine, World, start_ranks, stop_ranks, world_from_environment
 from fvlm.train.guard import DivergenceError, EvaluationError
 from fvlm.train.heartbeat import Heartbeat
+from fvlm.train.logs import start_logging
 from fvlm.train.loop import Trainer
 from fvlm.train.metrics import open_writer
 from fvlm.train.preemption import EXIT_CODE, Notice, Preempted
@@ -57,7 +58,7 @@ def train(config: RunConfig, zero: tuple[dict, str], world: World, notice: Notic
 
 def _train(config: RunConfig, zero: tuple[dict, str], world: World, heartbeat: Heartbeat, notice: Notice) -> None:
     dtype = resolve_dtype(config.train, world.device.type == "cuda")
-    data = load_data(config)
+    data = load_data(config, heartbeat.moving)
     store = CheckpointStore(config.folder / "checkpoints", world)
     state, checkpoint = find_start(config, data.identity(), world, zero_stage(zero[0], dtype), dtype, store)
     suite = validation_suite(config, data, world)
@@ -89,7 +90,7 @@ def main() -> int:
     """Parse, train, and turn what went wrong into one message and an exit code."""
     args = parse()
     world = world_from_environment()
-    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    start_logging(world)
     try:
         config = load_config(args.config, [*args.overrides, *([f"out={args.out}"] if args.out else [])])
         zero = read_zero_json(args.ds_config)

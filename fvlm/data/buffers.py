@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -55,6 +56,8 @@ class BufferPool:
                     array.nbytes,
                     failure,
                 )
+                with suppress(RuntimeError):  # it stays CUDA's last error, and the next launch would be blamed for it
+                    torch.zeros(1, device="cuda")
                 return
             self._registered.append(array.ctypes.data)
 

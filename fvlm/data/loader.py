@@ -114,6 +114,7 @@ class PackLoader:
         self._cache = cache if remote else None
         if remote:
             cache.forget_failures()
+        if remote and rank == 0:  # it is the same for all
             _warn_of_small_cache(LookAhead(plan, shards, indexes, cache), start.window, cache)
         self._plan, self._packs_per_step, self._start = plan, packs_per_step, start
         self._rank, self._world_size = rank, world_size

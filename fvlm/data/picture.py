@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -61,29 +63,40 @@ def _matches(head: bytes, magic: bytes) -> bool:
 
 
 def read_picture(
-    picture: Image.Image, size: int, wanted: Callable[[float], np.ndarray]
+    picture: Image.Image, size: int, wanted: Callable[[float], np.ndarray], seconds: float = math.inf
 ) -> tuple[np.ndarray, float | None]:
     """Frames, uint8 [n, size, size, 3], and the duration in seconds, which is None for a still.
 
     `wanted` maps the duration of an animation to the times of its frames, ascending, in seconds. A multi-picture JPEG
-    (MPO) has several views of one moment: a still. Raises MediaError `truncated_picture`, `broken_picture` or
-    `too_many_pixels`.
+    (MPO) has several views of one moment: a still. Raises MediaError `truncated_picture`, `broken_picture`,
+    `too_many_pixels`, or `too_slow` for an animation that takes more than so many `seconds` to read.
     """
     try:
         if picture.format != "MPO" and getattr(picture, "is_animated", False):
-            return _animation(picture, size, wanted)
+            return _animation(picture, size, wanted, seconds)
         return crop(_to_rgb(picture), size)[None], None
     except Image.DecompressionBombError as error:  # frames of an animation can grow
         raise MediaError("too_many_pixels", f"{picture.filename}: {error}") from error
+    except MediaError:  # a ValueError, but no sign of a broken picture
+        raise
     except _MALFORMED as error:
         reason = "truncated_picture" if "truncated" in str(error) else "broken_picture"
         raise MediaError(reason, f"{picture.filename}: {error}") from error
 
 
-def _animation(picture: Image.Image, size: int, wanted: Callable[[float], np.ndarray]) -> tuple[np.ndarray, float]:
+def _animation(
+    picture: Image.Image, size: int, wanted: Callable[[float], np.ndarray], seconds: float
+) -> tuple[np.ndarray, float]:
+    begun = time.monotonic()
+
+    def seek(number: int) -> None:
+        if time.monotonic() - begun > seconds:
+            raise MediaError("too_slow", f"{picture.filename}: not read within {seconds:g} s")
+        picture.seek(number)
+
     delays = []
     for number in range(picture.n_frames):
-        picture.seek(number)
+        seek(number)
         picture.load()  # WebP knows a frame's delay only then
         delays.append((picture.info.get("duration") or _DEFAULT_DELAY_MS) / 1000)
     ends = np.cumsum(delays)
@@ -91,7 +104,7 @@ def _animation(picture: Image.Image, size: int, wanted: Callable[[float], np.nda
     numbers = np.searchsorted(ends, wanted(duration) + 1e-6, side="right")  # frames that ended before the time
     cropped = {}
     for number in sorted(set(numbers.tolist())):
-        picture.seek(number)
+        seek(number)
         cropped[number] = crop(_to_rgb(picture), size)
     return np.stack([cropped[number] for number in numbers.tolist()]), duration
 

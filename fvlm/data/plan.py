@@ -123,6 +123,13 @@ class Plan:
         """Samples refused in the windows planned so far in this process, by reason."""
         return sum(self._refused.values(), Counter())
 
+    def all_refused(self) -> Counter:
+        """Samples refused in all windows, by reason; those that another process has planned are judged again."""
+        for window in range(self.num_windows):
+            if window not in self._refused:
+                self._admitted(window)
+        return self.refused
+
     def mixture_shares(self) -> dict[str, float]:
         """Source -> share of the samples before packing, in the long run."""
         return self._order.shares()
@@ -139,11 +146,7 @@ class Plan:
 
     def window(self, window: int) -> list[Pack]:
         """A window's packs, in the order of training; independent of all other windows."""
-        rows, layouts = self.window_order(window)
-        costs = sample_costs(self.table, rows, layouts, self.mixture, self.objective)
-        refusals = self.capacities.refusals(costs)
-        self._refused[window] = Counter(REFUSALS[reason] for reason in refusals[refusals > 0])
-        rows, layouts, costs = (column[refusals == 0] for column in (rows, layouts, costs))
+        rows, layouts, costs = self._admitted(window)
         groups = pack_samples(costs, self.capacities.as_array())
         packs = []
         for number in seeded_permutation(len(groups), self.seed, "packs", window):
@@ -152,6 +155,14 @@ class Plan:
             del used["samples"]
             packs.append(Pack(rows[group], layouts[group], **used))
         return packs
+
+    def _admitted(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, layouts and costs of a window's samples that can be packed; the others are counted."""
+        rows, layouts = self.window_order(window)
+        costs = sample_costs(self.table, rows, layouts, self.mixture, self.objective)
+        refusals = self.capacities.refusals(costs)
+        self._refused[window] = Counter(REFUSALS[reason] for reason in refusals[refusals > 0])
+        return rows[refusals == 0], layouts[refusals == 0], costs[refusals == 0]
 
     def steps(self, packs_per_step: int, start: PlanState = START) -> Iterator[Step]:
         """The run's steps from `start` on; the last one is padded with empty packs."""

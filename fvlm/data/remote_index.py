@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,9 +25,12 @@ _AT_ONCE = 16
 
 
 def find_remote_indexes(
-    shards: Sequence[RemoteShard], tokenizer: PreTrainedTokenizerBase, cache: ShardCache | None
+    shards: Sequence[RemoteShard],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: ShardCache | None,
+    after_each: Callable[[], None] = lambda: None,
 ) -> dict[RemoteShard, Path]:
-    """Local files with the indexes of remote shards, which need a `cache`.
+    """Local files with the indexes of remote shards, which need a `cache`; `after_each` is called in several threads.
 
     Raises ShardError for an index that cannot be had, ValueError without a cache.
     """
@@ -36,8 +39,14 @@ def find_remote_indexes(
     if cache is None:
         raise ValueError(f"{shards[0]}: remote shards need a folder for their copies; name one (data.cache_dir)")
     wanted = tokenizer_hash(tokenizer)
+
+    def find(shard: RemoteShard) -> Path:
+        path = _remote_index(shard, tokenizer, wanted, cache)
+        after_each()
+        return path
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        paths = pool.map(lambda shard: _remote_index(shard, tokenizer, wanted, cache), shards)
+        paths = pool.map(find, shards)
         bar = tqdm(paths, "remote indexes", len(shards), unit="shard", disable=None, leave=False)
         return dict(zip(shards, bar, strict=True))
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,17 +60,19 @@ def open_table(
     cache: ShardCache | None = None,
     held_out: np.ndarray | None = None,
     tags: Collection[str] = (),
+    after_each: Callable[[], None] = lambda: None,
 ) -> OpenTable:
     """The table of shards, from `cache_dir` if it is there, else made of their indexes and kept there.
 
     `shards` are tars, or `.idx` files alone (then `tokenizer` may be None: whatever counted). Without `cache_dir` the
     table is made in memory, in every process: milliseconds a shard, 47 bytes a sample. `cache` is for remote shards;
-    `held_out` and `tags` as for `SampleTable.from_indexes`.
+    `held_out` and `tags` as for `SampleTable.from_indexes`; `after_each` is called for every shard that was looked at.
 
     Raises what `find_index` and `find_remote_indexes` raise, ValueError for indexes counted with several tokenizers,
     and OSError where `cache_dir` cannot be written.
     """
-    remote = find_remote_indexes([shard for shard in shards if isinstance(shard, RemoteShard)], tokenizer, cache)
+    elsewhere = [shard for shard in shards if isinstance(shard, RemoteShard)]
+    remote = find_remote_indexes(elsewhere, tokenizer, cache, after_each)
     counted_with = tokenizer_hash(tokenizer) if tokenizer is not None else None
 
     def indexes() -> Iterator[_Read]:
@@ -85,6 +87,7 @@ def open_table(
             found = found or index.tokenizer_hash
             if index.tokenizer_hash != found:
                 raise ValueError(f"{path} was counted with tokenizer {index.tokenizer_hash}, not {found} as others")
+            after_each()
             yield os.path.abspath(path), index
 
     if cache_dir is None:

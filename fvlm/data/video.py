@@ -51,8 +51,8 @@ def frame_times(duration: float, max_frames: int = 64) -> np.ndarray:
 def read_media(path: str | Path, size: int, max_frames: int = 64, seconds: float = math.inf) -> Media:
     """The frames of a video, animation or still, shorter side scaled to `size` pixels and centre-cropped.
 
-    A frame is the last one displayed at or before its time, counted from the first frame's. A video that takes
-    more than so many `seconds` to read is refused.
+    A frame is the last one displayed at or before its time, counted from the first frame's. A video or animation that
+    takes more than so many `seconds` to read is refused.
 
     Raises MediaError with reason `missing_file`, `empty_file`, `unreadable_file`, `unknown_format`, `unknown_codec`,
     `no_video_stream`, `no_frames`, `too_many_pixels`, `too_long_frame`, `unknown_colours`, `broken_picture`,
@@ -70,8 +70,8 @@ def read_media(path: str | Path, size: int, max_frames: int = 64, seconds: float
     if picture is None:
         return read_video(path, size, max_frames, seconds)
     with picture:
-        frames, seconds = read_picture(picture, size, lambda duration: frame_times(duration, max_frames))
-    return Media(frames, seconds or 0.0, "image" if seconds is None else "video")
+        frames, duration = read_picture(picture, size, lambda length: frame_times(length, max_frames), seconds)
+    return Media(frames, duration or 0.0, "image" if duration is None else "video")
 
 
 def read_video(path: Path, size: int, max_frames: int = 64, seconds: float = math.inf) -> Media:

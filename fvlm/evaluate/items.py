@@ -124,7 +124,10 @@ def in_turn(things: Iterable[T], group: Callable[[T], Hashable]) -> list[T]:
 
 
 def _read_frames(reader: ShardReader, row: int, size: int) -> np.ndarray:
-    _, media = reader.read(row)
+    try:
+        _, media = reader.read(row)
+    except OSError as error:  # moved or unreadable while the run goes on
+        raise SampleError("unreadable_shard", str(error)) from error
     reader.close()  # a set may lie in more shards than a process may hold open
     if not media:
         return np.zeros((0, 3, size, size), np.uint8)

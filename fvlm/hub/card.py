@@ -106,7 +106,10 @@ def _use(geometry: FoveatedConfig, run: RunRecords | None) -> list[str]:
         ]
     iterations = run.setting("train.fine_iterations") if run is not None else None
     if iterations and list(iterations) != [1]:
-        lines += [f"Trained with `fine_iterations` {iterations}; `model.generate` takes one number.", ""]
+        lines += [
+            f"Trained with `fine_iterations` {iterations}; `model.generate` takes one number, the first by default.",
+            "",
+        ]
     return lines
 
 

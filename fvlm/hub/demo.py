@@ -141,7 +141,7 @@ class Viewer:
         if self.looks:
             batch = pack_padded(config, **inputs).batch
             in_order = batch.visual_index.argsort().cpu().numpy()
-            visual_frame = batch.visual_frame.cpu().numpy()[in_order]
+            visual_frame = visual_frame.repeat(config.tokens_per_frame)  # the pack holds one of frames that are alike
             with self._one_at_a_time:
                 for each in dict.fromkeys(("coarse_only", mode)):
                     found = self.model.attention_maps(batch, each, self.opened.fine_iterations)

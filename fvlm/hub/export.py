@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fvlm.hub.flatten import ENTRIES, flatten
+from fvlm.hub.opening import stop_at_turn_end
 from fvlm.hub.processing import FoveatedProcessor
 from fvlm.model import FoveatedVLM, MultiTokenVLM
 from fvlm.model.base import cast_parameters
@@ -36,6 +37,7 @@ def write_folder(
     try:
         cast_parameters(model, DTYPES[dtype])
         _describe(model, dtype)
+        stop_at_turn_end(model, processor.tokenizer)
         model.save_pretrained(partial)
         (partial / "model.safetensors").chmod(0o644)  # the writer makes it private
         processor.auto_map = {"AutoProcessor": f"{ENTRIES['fvlm.hub.processing']}.FoveatedProcessor"}

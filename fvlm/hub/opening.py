@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
+from fvlm.config import RunConfig
 from fvlm.data.chat import Layout, load_tokenizer
+from fvlm.data.chat_writer import TURN_END
 from fvlm.evaluate.checkpoint import Checkpoint, open_checkpoint
 from fvlm.evaluate.items import Presentation
 from fvlm.hub.processing import FoveatedProcessor
@@ -13,6 +18,7 @@ from fvlm.model import FoveatedConfig, FoveatedVLM, MultiTokenVLM
 from fvlm.research.records import RunRecords, read_run
 from fvlm.schema import ConfigError
 
+logger = logging.getLogger(__name__)
 PROCESSOR_FILE = "processor_config.json"
 
 
@@ -25,19 +31,14 @@ class OpenedModel:
     checkpoint: Checkpoint
 
     @property
-    def trained_mode(self) -> str | None:
-        """The mode that its run trained; None where there is no run."""
-        return self.checkpoint.config.train.mode if self.checkpoint.config else None
-
-    @property
     def default_mode(self) -> str:
         """How it looks where nobody says: as deployed, or by the one query that its run trained."""
-        return "coarse_only" if self.trained_mode == "coarse_only" else "autoregressive"
+        return self.model.config.default_mode
 
     @property
     def fine_iterations(self) -> int:
         """Fine passes that its run began with, else 1."""
-        return self.checkpoint.config.train.fine_iterations[0] if self.checkpoint.config else 1
+        return self.model.config.fine_iterations
 
     @property
     def presentation(self) -> Presentation:
@@ -67,7 +68,26 @@ def open_model(name: str, tokenizer: str | None = None) -> OpenedModel:
             processor = build_processor(checkpoint, tokenizer)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: its processor: {error}") from error
+    if checkpoint.config is not None:
+        look_as_trained(checkpoint.model, checkpoint.config)
+    stop_at_turn_end(checkpoint.model, processor.tokenizer)
     return OpenedModel(model=checkpoint.model, processor=processor, checkpoint=checkpoint)
+
+
+def look_as_trained(model: FoveatedVLM | MultiTokenVLM, run: RunConfig) -> None:
+    """Make the run's way of looking the model's default, which its folder then carries."""
+    model.config.default_mode = "coarse_only" if run.train.mode == "coarse_only" else "autoregressive"
+    model.config.fine_iterations = run.train.fine_iterations[0]
+
+
+def stop_at_turn_end(model: FoveatedVLM | MultiTokenVLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let answers end where a turn does, if the tokenizer knows turns: a back bone's own end of text may be another."""
+    if TURN_END not in tokenizer.get_vocab():
+        return
+    end, generation = tokenizer.convert_tokens_to_ids(TURN_END), model.llm.generation_config
+    for config in (model.config.llm_config, model.llm.config, generation):
+        config.eos_token_id = end
+    generation.pad_token_id = end  # not a configuration's, which keeps gradients from that row of the embedding
 
 
 def build_processor(checkpoint: Checkpoint, tokenizer: str | None = None) -> FoveatedProcessor:
@@ -106,6 +126,13 @@ def processor_for(
             f"choose the tokenizer that it was trained with"
         )
     copies = 1 if geometry.architecture == "multi_token" else max(1, looks // geometry.tokens_per_frame)
+    shown = copies * geometry.tokens_per_frame
+    if geometry.architecture == "foveated" and shown != looks:
+        per_frame = geometry.tokens_per_frame
+        logger.warning(
+            "a still becomes %d visual tokens, in training %d: tokens_per_frame = %d does not divide looks = %d",
+            *(shown, looks, per_frame, looks),
+        )
     return FoveatedProcessor(loaded, frame_size=geometry.image_size, looks=copies, question_first=question_first)
 
 

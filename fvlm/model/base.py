@@ -171,8 +171,8 @@ class VisionLanguageModel(PreTrainedModel):
             frames: float [B, n, 3, H, W] normalised, or uint8 pixels.
             input_ids: int64 [B, L] text.
             attention_mask: bool [B, L], False = padding (at the end).
-            labels: int64 [B, L], label j predicted from position j−1, −100 = none; a sample's first text token has no
-                predecessor that could know it and never counts (docs/model.md, Loss).
+            labels: int64 [B, L], label j predicted from position j−1: token j itself, −100 = none; a sample's first
+                text token has no predecessor that could know it and never counts (docs/model.md, Loss).
             mode: ``coarse_fine``, ``coarse_only`` or ``autoregressive``.
             fine_iterations: fine passes of ``coarse_fine``.
             frame_mask: bool [B, n], False = padding (at the end).
@@ -183,7 +183,8 @@ class VisionLanguageModel(PreTrainedModel):
             branches: texts that go on from the pack's samples; their labels count, and not the pack's.
 
         Raises:
-            ValueError: an unknown mode, ``fine_iterations`` below 1, missing input, or ``branches`` without a pack.
+            ValueError: an unknown mode, ``fine_iterations`` below 1, missing input, labels that are other tokens, or
+                ``branches`` without a pack.
         """
         _require_mode(mode, fine_iterations)
         if branches is not None and (batch is None or coarse_loss):
@@ -208,8 +209,8 @@ class VisionLanguageModel(PreTrainedModel):
         frames: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        mode: str = "autoregressive",
-        fine_iterations: int = 1,
+        mode: str | None = None,
+        fine_iterations: int | None = None,
         frame_mask: Tensor | None = None,
         visual_at: Tensor | None = None,
         batch: PackedBatch | None = None,
@@ -218,6 +219,7 @@ class VisionLanguageModel(PreTrainedModel):
         """Write on from each sample's text, after looking at its frames; arguments as of :meth:`forward`.
 
         Args:
+            mode, fine_iterations: ``config.default_mode`` and ``config.fine_iterations`` unless given.
             batch: a pack without unused samples, instead of all tensors.
             options: of transformers' ``generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``streamer`` …
                 It is called with embeddings, so that it returns new tokens only.
@@ -228,6 +230,8 @@ class VisionLanguageModel(PreTrainedModel):
         Raises:
             ValueError: an unknown mode, ``fine_iterations`` below 1, missing input, or shapes that do not fit.
         """
+        mode = self.config.default_mode if mode is None else mode
+        fine_iterations = self.config.fine_iterations if fine_iterations is None else fine_iterations
         _require_mode(mode, fine_iterations)
         if batch is None:
             if frames is None or input_ids is None:

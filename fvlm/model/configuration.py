@@ -21,6 +21,8 @@ class FoveatedConfig(PreTrainedConfig):
         architecture: ``"foveated"`` or ``"multi_token"``.
         grid: cells a frame of the multi-token baseline: 1, 4 or 16.
         image_size: side of the frames in pixels; 224 unless given, or the position table's size if smaller.
+        default_mode: how ``generate`` looks where nobody says: as its run trained, or as deployed.
+        fine_iterations: fine passes of ``coarse_fine`` where nobody says.
 
     Raises:
         ValueError: a value outside of the above, naming the key.
@@ -41,6 +43,8 @@ class FoveatedConfig(PreTrainedConfig):
         architecture: str = "foveated",
         grid: int = 4,
         image_size: int | None = None,
+        default_mode: str = "autoregressive",
+        fine_iterations: int = 1,
         **kwargs,
     ):
         self.llm_config = _as_config(llm_config, LlamaConfig)
@@ -54,6 +58,8 @@ class FoveatedConfig(PreTrainedConfig):
         self.architecture = architecture
         self.grid = grid
         self.image_size = image_size or min(self.vision_config.image_size, 224)
+        self.default_mode = default_mode
+        self.fine_iterations = fine_iterations
         _require(architecture in ARCHITECTURES, "architecture", f"one of {ARCHITECTURES}", architecture)
         _require(grid in (1, 4, 16), "grid", "1, 4 or 16", grid)
         _require(tokens_per_frame >= 1, "tokens_per_frame", "at least 1", tokens_per_frame)

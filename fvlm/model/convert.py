@@ -26,6 +26,8 @@ _FLAT_TO_PUBLISHED = {
     "attention.o_proj.": "attention.output.dense.",
 }
 _DINO_LAYER = re.compile(r"(encoder\.dino\.encoder\.layer\.\d+\.)(.*)")
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
+DOWNLOADED = ("*.json", "*.jinja", "*.safetensors", "*.pt")
 HEAD, EMBEDDING = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
 
 
@@ -49,9 +51,9 @@ def locate(path: str | Path) -> tuple[Path, FoveatedConfig | None]:
     """
     local = Path(path)
     if not local.exists():
-        if local.is_absolute() or len(local.parts) != 2 or local.suffix:
+        if local.is_absolute() or len(local.parts) != 2 or local.suffix in WEIGHT_FILES:
             raise FileNotFoundError(f"{path}: no such file or folder (a Hugging Face id looks like owner/name)")
-        local = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.pt"]))
+        local = Path(snapshot_download(str(path), allow_patterns=list(DOWNLOADED)))
     folder = local if local.is_dir() else local.parent
     weights = local
     if local.is_dir():
@@ -70,7 +72,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: another kind of file, a damaged one, or contents that are not tensors by name.
     """
-    if file.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+    if file.suffix not in WEIGHT_FILES:
         raise ValueError(f"{file}: expected a .safetensors or .pt file")
     try:
         if file.suffix == ".safetensors":

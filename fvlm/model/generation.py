@@ -47,7 +47,8 @@ def autoregressive_tokens(
         if model.config.random_queries:
             queries = torch.randn_like(queries)
         seen = model.encoder.look(queries, encoded, batch.visual_frame[slots], entropy=entropy, maps=maps)
-        tokens = tokens.index_copy(0, slots, model.to_llm(seen.z))
+        # autocast may give another dtype than the weights', which index_copy does not turn into that of its rows
+        tokens = tokens.index_copy(0, slots, model.to_llm(seen.z).to(tokens.dtype))
         rows = rows.index_copy(0, batch.visual_index[slots], tokens[slots])
         slots_seen.append(slots)
         inspected["entropy"].append(seen.entropy)

@@ -32,10 +32,13 @@ def pack_padded(
     frame_mask: Tensor | None = None,
     visual_at: Tensor | None = None,
 ) -> PaddedPack:
-    """Lay padded samples out as a pack without unused rows; arguments as in ``VisionLanguageModel.forward``.
+    """Lay padded samples out as a pack without unused rows or frames; arguments as in ``VisionLanguageModel.forward``.
+
+    A sample whose frames are all the same, such as a still given once a look, has one frame in the pack.
 
     Raises:
-        ValueError: shapes that do not fit together, or a mask whose padding is not at the end.
+        ValueError: shapes that do not fit together, a mask whose padding is not at the end, or labels that are neither
+            −100 nor the token itself.
     """
     num_samples, num_frames = frames.shape[:2]
     num_text = input_ids.shape[1]
@@ -48,15 +51,17 @@ def pack_padded(
     if labels is not None and labels.shape != input_ids.shape:
         raise ValueError(f"labels: expected shape {tuple(input_ids.shape)} of input_ids, got {tuple(labels.shape)}")
     ids = input_ids.cpu().numpy()
-    wanted = np.zeros(ids.shape, bool) if labels is None else (labels != -100).cpu().numpy()
-    targets = ids if labels is None else np.where(wanted, labels.cpu().numpy(), ids)
+    wanted = np.zeros(ids.shape, bool) if labels is None else _wanted(labels.cpu().numpy(), ids, text_lengths)
     samples, row_of_position, total = [], np.full((num_samples, num_frames * looks + num_text), -1), 0
+    # a pack without any frame holds one, which keeps every path alive
+    kept, num_kept = [frames.new_zeros(0 if frame_counts.any() else 1, *frames.shape[2:])], 0
     for b in range(num_samples):
-        row_frame = np.repeat(np.arange(frame_counts[b]) + b * num_frames, looks)
+        own, which = _distinct(frames[b, : frame_counts[b]])
+        row_frame = np.repeat(which + num_kept, looks)
+        kept.append(own)
+        num_kept += len(own)
         cell = np.tile(np.arange(looks), frame_counts[b]) if config.architecture == "multi_token" else None
-        samples.append(
-            _rows(targets[b, : text_lengths[b]], wanted[b, : text_lengths[b]], row_frame, cell, int(starts[b]))
-        )
+        samples.append(_rows(ids[b, : text_lengths[b]], wanted[b, : text_lengths[b]], row_frame, cell, int(starts[b])))
         n = len(samples[-1].token_ids)
         row_of_position[b, :n] = np.arange(total, total + n)
         total += n
@@ -66,10 +71,29 @@ def pack_padded(
     num_labels = sum(int(s.has_loss.sum()) for s in samples)
     # shapes of at least 1 keep every path alive, as in a pack of text only
     sizes = {"T": total, "V": max(num_visual, 1), "C": max(num_coarse, 1), "S": num_samples, "K": max(num_labels, 1)}
-    flat_frames = frames.flatten(0, 1) if num_frames else frames.new_zeros(1, *frames.shape[2:])
-    batch = assemble(samples, flat_frames, sizes, max(lengths)).to(input_ids.device)
+    batch = assemble(samples, torch.cat(kept), sizes, max(lengths)).to(input_ids.device)
     row_of_position[row_of_position < 0] = total
     return PaddedPack(batch, torch.from_numpy(row_of_position).to(input_ids.device))
+
+
+def _distinct(frames: Tensor) -> tuple[Tensor, np.ndarray]:
+    """The frames [n, ...] that the encoder has to see, and which of them each one is, int64 [n]."""
+    if len(frames) > 1 and bool((frames[1:] == frames[:1]).all()):
+        return frames[:1], np.zeros(len(frames), np.int64)
+    return frames, np.arange(len(frames))
+
+
+def _wanted(labels: np.ndarray, ids: np.ndarray, text_lengths: np.ndarray) -> np.ndarray:
+    """bool [B, L]: tokens that count; raises ValueError for a label that is another token than the one at its place."""
+    wanted = labels != -100
+    is_text = np.arange(ids.shape[1]) < text_lengths[:, None]
+    if len(strange := np.argwhere(wanted & is_text & (labels != ids))):
+        b, at = strange[0]
+        raise ValueError(
+            f"labels: expected input_ids' own tokens, or -100; "
+            f"labels[{b}, {at}] is {labels[b, at]}, input_ids[{b}, {at}] is {ids[b, at]}"
+        )
+    return wanted
 
 
 def _rows(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,13 @@ class TrainingData:
     """Of remote shards, where `data.cache_dir` is given."""
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run has to find unchanged."""
+        """What a resumed run has to find unchanged; `tars`: size and both ends of every shard, wherever it lies."""
         return {
             "plan": self.plan.fingerprint(),
             "tokenizer": tokenizer_hash(self.tokenizer),
             "shards": len(self.shards),
             "samples": len(self.table),
+            "tars": hashlib.sha256(" ".join(index.tar_fingerprint for index in self.indexes).encode()).hexdigest()[:16],
         }
 
 
@@ -64,9 +67,10 @@ def mixture(config: RunConfig) -> Mixture:
     return Mixture(**stated, tokens_per_frame=1 if grid else model.tokens_per_frame, grid=grid)
 
 
-def load_data(config: RunConfig) -> TrainingData:
+def load_data(config: RunConfig, after_each: Callable[[], None] = lambda: None) -> TrainingData:
     """Tokenizer, indexes and plan of the training samples, without those whose content is in the validation shards.
 
+    `after_each` is called for every shard that was looked at: tars without an index are read through, which takes long.
     Raises ConfigError for shards that are not there, an empty data set, or a mixture or capacities that do not fit it.
     """
     data, train = config.data, config.train
@@ -76,11 +80,17 @@ def load_data(config: RunConfig) -> TrainingData:
         raise ConfigError(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
     cache = ShardCache(data.cache_dir, 1e9 * data.cache_gb) if data.cache_dir else None
     mixed = mixture(config)
-    contents = _contents(config, tokenizer) if data.val else None
+    contents = _contents(config, tokenizer, after_each) if data.val else None
     try:
         shards = find_all(data.train)
         opened = open_table(
-            shards, tokenizer, data.cache_dir, cache=cache, held_out=contents, tags=mixed.tag_caps or ()
+            shards,
+            tokenizer,
+            data.cache_dir,
+            cache=cache,
+            held_out=contents,
+            tags=mixed.tag_caps or (),
+            after_each=after_each,
         )
         table = opened.table
         _log_held_out(opened.left_out)
@@ -104,14 +114,16 @@ def load_data(config: RunConfig) -> TrainingData:
     return TrainingData(tokenizer=tokenizer, shards=shards, indexes=opened.indexes, table=table, plan=plan, cache=cache)
 
 
-def _contents(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def _contents(config: RunConfig, tokenizer: PreTrainedTokenizerBase, after_each: Callable[[], None]) -> np.ndarray:
     """What the validation shards hold: uint64, ascending."""
-    paths = list(config.data.val)
+    paths, contents = list(config.data.val), [np.zeros(0, np.uint64)]
     try:
-        indexes = [load_index(shard, tokenizer, config.data.cache_dir) for shard in find_shards(paths)]
+        for shard in find_shards(paths):
+            contents.append(load_index(shard, tokenizer, config.data.cache_dir).content)
+            after_each()
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.val = {paths}: {error}") from error
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *(index.content for index in indexes)]))
+    return np.unique(np.concatenate(contents))
 
 
 def _log_held_out(left_out: dict[str, int]) -> None:

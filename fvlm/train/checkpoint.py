@@ -306,14 +306,22 @@ def damage(path: Path) -> str | None:
     if version != VERSION:
         return f"format {version}, this program reads {VERSION}"
     for name, entry in entries.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}"
-        if sha256(file) != entry["sha256"]:
-            return f"{name} does not match its sha256"
+        try:
+            problem = _difference(path / name, entry)
+        except OSError as error:
+            problem = f"cannot be read: {error}"
+        if problem is not None:
+            return f"{name} {problem}"
     return None
+
+
+def _difference(file: Path, entry: dict[str, Any]) -> str | None:
+    """How a file is not as the manifest says."""
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != entry["bytes"]:
+        return f"has {file.stat().st_size} bytes, expected {entry['bytes']}"
+    return None if sha256(file) == entry["sha256"] else "does not match its sha256"
 
 
 def random_state() -> dict[str, Any]:

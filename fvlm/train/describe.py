@@ -99,7 +99,7 @@ def run_summary(config: RunConfig, data: TrainingData, engine: Engine, state: Ru
         ),
         "skipped_samples": state.skipped,
         "skipped_steps": state.guard.get("skipped_steps", 0),
-        "refused_samples": dict(data.plan.refused),
+        "refused_samples": dict(data.plan.all_refused()),
         "world_size": engine.world.size,
         "zero_stage": engine.stage,
         "dtype": engine.dtype,

@@ -1,9 +1,9 @@
 """Ends a run whose ranks stand still, saying which rank and where, instead of waiting for ever in a collective.
 
 The training thread says where it is (`beat`). A thread of each rank publishes that in a store of its own connection
-beside the collectives, reads what the other ranks published, and ends its process where a rank is overdue: one that
-came no further within its phase's limit, or one whose thread publishes nothing any more (dead, stopped, or its machine
-gone). The launcher then ends the ranks that are left.
+beside the collectives, reads what the other ranks published, and ends its process where the run stands still: no rank
+came further within the limit of the one that is furthest behind, for which the others wait; or that one publishes
+nothing any more (dead, stopped, or its machine gone), and a rank is beyond its own. The launcher then ends the others.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-LIMITS = {"step": 60.0, "data": 60.0, "start": 1800.0, "checkpoint": 1800.0, "evaluation": 3600.0}
+LIMITS = {"step": 60.0, "data": 900.0, "start": 1800.0, "checkpoint": 1800.0, "evaluation": 3600.0}
 """Seconds without a beat by phase. `start` covers everything up to the end of the first step: compilation,
-autotuning, the engine's own preparations."""
+autotuning, the engine's own preparations. `data`: a remote shard has five attempts of up to 60 s of silence each, and a
+whole video 60 s, which cost samples and not the run."""
 EXIT_CODE = 1
 
 
@@ -76,6 +77,10 @@ class Heartbeat:
         """The training thread is at `phase` (of `LIMITS`) of `step`."""
         self._count, self._phase, self._step, self._at = self._count + 1, phase, step, time.monotonic()
 
+    def moving(self) -> None:
+        """The training thread came further within its phase; not counted, for ranks may differ in how often."""
+        self._at = time.monotonic()
+
     def _watch(self) -> None:
         while not self._stopped.wait(self._period):
             now = time.monotonic()
@@ -104,20 +109,25 @@ class Heartbeat:
                     self._heard[rank] = (theirs, time.monotonic())
 
     def _overdue(self, now: float) -> str | None:
-        """What is wrong with the rank that is furthest behind of those that are overdue."""
+        """What is wrong with the rank that is furthest behind, if the run stands still because of it."""
         if self._size > 1 and now - self._answered > self._limits["step"]:
             silence = now - self._answered
             return f"rank 0, which holds the ranks' store, did not answer for {silence:.0f} s{self._error}"
         silence = {rank: max(beat.silence, now - heard) for rank, (beat, heard) in self._heard.items()}
-        if all(seconds <= self._limits[self._heard[rank][0].phase] for rank, seconds in silence.items()):
-            return None
 
         def place(rank: int) -> tuple[int, bool]:  # who waits for others in a collective is further on than they are
             beat, heard = self._heard[rank]
             return beat.count, now - heard <= 3 * self._period
 
         rank = min(self._heard, key=place)
-        beat, limit = self._heard[rank][0], self._limits[self._heard[rank][0].phase]
+        limits = {other: self._limits[beat.phase] for other, (beat, _) in self._heard.items()}
+        beat, limit = self._heard[rank][0], limits[rank]
+        if place(rank)[1]:  # it is there: the others wait for it as long as it may take
+            overdue = min(silence.values()) > limit
+        else:
+            overdue = any(silence[other] > limits[other] for other in silence)
+        if not overdue:
+            return None
         what = "came no further" if place(rank)[1] else "was not heard of"
         same = [str(other) for other in self._heard if other != rank and place(other) == place(rank)]
         also = f" (nor did rank {', '.join(same)})" if same else ""

@@ -102,7 +102,7 @@ class Trainer:
                     self.heartbeat.beat("data", loaded.step.index + 1)
                 self._finish()
         except guard.DivergenceError:  # the last checkpoint may still be on its way
-            self.store.settle()
+            self._publish()
             raise
         return self.state
 
@@ -136,7 +136,12 @@ class Trainer:
             self._record(launched, sums, judged.grad_norm, done)
         self._told = self._told or sums.told > 0
         if sums.written == self.world.size:
-            self.store.settle()
+            self._publish()
+
+    def _publish(self) -> None:
+        """Publish the save under way; collective. Renaming and removing takes rank 0 longer than a step may."""
+        self.heartbeat.beat("checkpoint", self.state.step)
+        self.store.settle()
 
     def step(self, loaded: Any) -> Launched:
         """Forward, backward and update for one step, or no update where the guard's verdict is against it.

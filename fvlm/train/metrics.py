@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class MetricsWriter:
 
     Whatever the files hold beyond `resume_step`, and evaluations beyond `last_evaluation`, the last one that the run
     to be resumed knows of, are cut off first, so that a resumed curve continues without duplicates; a line that a
-    killed process left unfinished goes with it.
+    killed process left unfinished goes with it, and with a warning one that a crash of the machine left damaged.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MetricsWriter:
         self.run_id = run_id
         self._wandb = wandb
         csv_path, jsonl_path = folder / "metrics.csv", folder / "metrics.jsonl"
-        _cut(csv_path, lambda line: _csv_step(line) <= last_evaluation, header=",".join(CSV_COLUMNS))
+        _cut(csv_path, lambda line: _csv_step(line, CSV_COLUMNS) <= last_evaluation, header=",".join(CSV_COLUMNS))
         newest = {"evaluation": last_evaluation}
         _cut(jsonl_path, lambda line: (known := json.loads(line))["step"] <= newest.get(known["kind"], resume_step))
         self._csv, self._jsonl = csv_path.open("a", encoding="utf-8"), jsonl_path.open("a", encoding="utf-8")
@@ -96,15 +96,14 @@ class _DataTable:
     """
 
     def __init__(self, path: Path, resume_step: int):
-        with path.open("a+", newline="", encoding="utf-8") as file:
-            file.seek(0)
-            rows = list(csv.reader(file))
-        kept = [row for row in rows[1:] if row and len(row) == len(rows[0]) and int(row[0]) <= resume_step]
-        self._columns = rows[0] if kept else None
+        lines = _whole_lines(path)
+        header = next(csv.reader(lines[:1]), [])
+        kept = _kept(path, lines, lambda line: _csv_step(line, header) <= resume_step, first=1)
+        self._columns = header if kept else None
         temporary = path.with_name(path.name + ".tmp")
         self._file = temporary.open("w", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file, lineterminator="\n")
-        self._rows.writerows([rows[0], *kept] if kept else [])
+        self._file.write(_joined([lines[0], *kept] if kept else []))
         self._file.flush()
         os.replace(temporary, path)
 
@@ -122,19 +121,42 @@ class _DataTable:
         self._file.close()
 
 
-def _csv_step(line: str) -> int:
-    return int(next(csv.DictReader([",".join(CSV_COLUMNS), line]))["step"])
+def _csv_step(line: str, columns: Sequence[str]) -> int:
+    row = next(csv.reader([line]))
+    if len(row) != len(columns):
+        raise ValueError(f"{len(row)} columns, expected {len(columns)}")
+    return int(row[columns.index("step")])
 
 
 def _cut(path: Path, keep: Callable[[str], bool], header: str | None = None) -> None:
     """Rewrite `path` with the lines that `keep` accepts; the rewritten file replaces the old one in one move."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    whole = lines[:-1]  # what follows the last newline was being written when the process died
-    body = whole[1:] if header else whole
-    kept = ([header] if header else []) + [line for line in body if line and keep(line)]
+    kept = _kept(path, _whole_lines(path), keep, first=1 if header else 0)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text(_joined([header, *kept] if header else kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Without what follows the last newline, which was being written when the process died."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+
+
+def _kept(path: Path, lines: list[str], keep: Callable[[str], bool], first: int) -> list[str]:
+    """The lines from `first` on that `keep` accepts, without empty ones; what it cannot read is dropped and named."""
+    kept, damaged = [], []
+    for number, line in enumerate(lines[first:], first + 1):
+        try:
+            if line and keep(line):
+                kept.append(line)
+        except (ValueError, LookupError, TypeError, csv.Error) as error:
+            damaged.append(f"line {number} ({error})")
+    if damaged:
+        logger.warning("%s: dropped %d damaged lines, the first is %s", path, len(damaged), damaged[0])
+    return kept
+
+
+def _joined(lines: list[str]) -> str:
+    return "".join(line + "\n" for line in lines)
 
 
 @contextmanager

@@ -125,8 +125,14 @@ def judge_before_update(optimizer: torch.optim.Optimizer, verdict: Callable[[], 
     On the `device` with torch's fused AdamW: its kernel reads the flag, and a step that does not count changes neither
     weights nor moments nor counters. The others have no such input: the `host` reads the flag and leaves out the call.
     """
+
+    def raise_flag(chosen: torch.optim.Optimizer, *_: Any) -> None:
+        masters = next(parameter for group in chosen.param_groups for parameter in group["params"])
+        # Offloaded ones: AdamW would copy the flag without waiting, and its CPU kernel read it before it is there.
+        chosen.found_inf = verdict().to(masters.device)
+
     if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-        optimizer.register_step_pre_hook(lambda chosen, *_: setattr(chosen, "found_inf", verdict()))
+        optimizer.register_step_pre_hook(raise_flag)
         return "device"
     step = optimizer.step
 

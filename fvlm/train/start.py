@@ -113,6 +113,7 @@ def find_start(
         return fresh, None
     state = read_state(found)
     _require_same(state, fresh, found, config)
+    state.data = data
     return state, found
 
 
@@ -126,9 +127,10 @@ def _require_same(state: RunState, fresh: RunState, found: Path, config: RunConf
     if changed or state.config_hash != fresh.config_hash:
         shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise ConfigError(f"{found} is of another configuration ({shown}); undo that, or {_start_over(config)}")
-    if state.data != fresh.data:
+    pairs = [(key, old, fresh.data.get(key)) for key, old in state.data.items()]  # an older program's has fewer keys
+    if other := [f"{key} = {old!r} -> {new!r}" for key, old, new in pairs if old != new]:
         raise ConfigError(
-            f"{found} was made from other data ({state.data}; now {fresh.data}); restore it, or {_start_over(config)}"
+            f"{found} was made from other data ({'; '.join(other)}); restore the shards, or {_start_over(config)}"
         )
     if state.dtype != fresh.dtype:
         raise ConfigError(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fvlm.data.reader
+from fvlm.data.buffers import BufferPool
 from fvlm.data.capacities import Capacities
 from fvlm.data.chat import load_tokenizer
 from fvlm.data.errors import SampleError
@@ -249,3 +250,23 @@ def test_on_a_gpu_the_same_batches_arrive(shards, num_workers):
         assert all(batch.frames.is_cuda and batch.labels.is_cuda for batch in loaded.batches)
         found += [digest(batch.to("cpu")) for batch in loaded.batches]
     assert found == expected
+
+
+def test_memory_that_cuda_cannot_lock_is_used_all_the_same_and_its_error_is_not_the_next_launches(monkeypatch, caplog):
+    launched = []
+
+    class Runtime:
+        def cudaHostRegister(self, *_) -> int:
+            return 2
+
+    def launch(*_, device: str) -> None:
+        launched.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "zeros", launch)
+    pool = BufferPool(2, 100)
+    pool.pin()
+    assert "CUDA cannot page-lock 100 bytes (error 2)" in caplog.text
+    assert launched == ["cuda"]
+    assert pool.take() is not None

@@ -20,6 +20,7 @@ from fvlm.data.loader import PackLoader
 from fvlm.data.look_ahead import LookAhead
 from fvlm.data.plan import START, Mixture, Plan
 from fvlm.data.remote import find_all
+from fvlm.data.remote_index import find_remote_indexes
 from fvlm.data.shard import find_shards, load_index
 from fvlm.data.shard_cache import tar_size
 from fvlm.data.table_store import open_table
@@ -50,6 +51,9 @@ def test_planning_needs_no_tar_and_indexes_are_kept(server, tmp_path):
     shards = find_all(server.url())
     loader = make_loader(shards, cache)
     assert not any(name.endswith(".tar") for name in server.asked)
+    looked_at = []
+    find_remote_indexes(shards, TINY, cache, lambda: looked_at.append(None))
+    assert len(looked_at) == len(shards)
     assert next(loader._plan.steps(2)).samples > 0
     asked = server.asked["shard-000000.idx"]
     make_loader(shards, cache)

@@ -196,6 +196,9 @@ def test_refusals_are_counted_and_move_nobody():
     assert plan.refused == Counter(over_tokens=1, no_loss_tokens=1, over_frames=1)
     plan.window(0), plan.window(0)
     assert plan.refused.total() == 3  # planned again is not refused again
+    resumed = make_plan(spoiled, objective="ce_answer")
+    resumed.window(2)
+    assert resumed.all_refused() == plan.refused  # whichever process planned the others
     steps = list(plan.steps(1))
     assert steps[-1].samples_seen == 3000  # refused ones are behind, too
     assert sum(step.samples for step in steps) == 2997

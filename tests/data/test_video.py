@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -292,6 +293,21 @@ def test_animations_are_videos(tmp_path, name):
     assert media.kind == "video"
     assert media.duration == pytest.approx(3.0)
     assert [round((frame.mean() - 10) / 40) for frame in media.frames] == [1, 3, 4]  # shown at 0.5, 1.5 and 2.5 s
+
+
+@pytest.mark.parametrize("name", ["moving.gif", "moving.webp", "moving.png"])
+@pytest.mark.parametrize("ticks", [3, 6])
+def test_an_animation_that_takes_too_long_is_refused(tmp_path, monkeypatch, name, ticks):
+    """While its delays are read, five frames, and while frames are taken; the clock ticks when it is looked at."""
+    images = [Image.new("RGB", (32, 32), (10 + 40 * i,) * 3) for i in range(5)]
+    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=1000)
+    clock = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with pytest.raises(MediaError, match=f"not read within {ticks} s") as caught:
+        read_media(tmp_path / name, 16, seconds=ticks)
+    assert caught.value.reason == "too_slow"
+    assert next(clock) == ticks + 2
+    assert len(read_media(tmp_path / name, 16, seconds=11).frames) == 5
 
 
 def test_jpeg_there_and_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -244,6 +245,23 @@ def test_addresses_and_paths_that_lead_elsewhere_are_refused(web, tmp_path):
     assert sum(web.asked[f"good{i}"] for i in (1, 2)) == 0
     assert not (tmp_path / "outside.mp4").exists()
     assert not (tmp_path / "absolute.mp4").exists()
+
+
+def test_what_keeps_a_file_from_being_written_today_does_not_for_ever(web, tmp_path, monkeypatch):
+    web.paths["good"] = pages.good
+    names = ["a.mp4", "x" * 300 + ".mp4"]
+    urls = {name: web.url(f"good{i}") for i, name in enumerate(names)}
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(download_fetch, "open", refused, raising=False)
+        summary, ledger = run(tmp_path, urls)
+    assert summary["failed_by_reason"] == {"cannot_write": 2}
+    assert [ledger[name]["final"] for name in names] == [False, True]
+    again, _ = run(tmp_path, urls)
+    assert again["downloaded"] == 1
 
 
 def test_rows_without_addresses_and_files_of_several_rows(web, tmp_path):

@@ -223,7 +223,9 @@ def test_training_leaves_the_set_out_by_content(tmp_path, shards, caplog):
 
 def test_a_copy_under_another_source_is_left_out_too(tmp_path, shards, made):
     write(tmp_path / "val", [made[7]])
-    data = load_data(config(tmp_path / "train", tmp_path / "val"))
+    looked_at: list[None] = []
+    data = load_data(config(tmp_path / "train", tmp_path / "val"), lambda: looked_at.append(None))
+    assert len(looked_at) == len(data.shards) + 1
     assert len(data.table) == 112 - 3
     before, after = (Counter(data.table.source_names[i] for i in table.source.tolist()) for table in (
         load_data(config(tmp_path / "train", None)).table, data.table))  # fmt: skip

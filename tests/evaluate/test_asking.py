@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +15,7 @@ from fvlm.evaluate.asking import Questions, add_samples, evaluate_modes, gaps, o
 from fvlm.evaluate.multiple_choice import ChoiceTask, multiple_choice, slots
 from fvlm.evaluate.progress import resume
 from fvlm.evaluate.statistics import bootstrap_interval
+from launch.evaluate import identity
 
 
 @pytest.fixture
@@ -41,6 +45,24 @@ def test_a_stopped_evaluation_goes_on_with_what_is_missing(asked, model, monkeyp
     assert ran == [("slots", "coarse_fine")]
     assert {name: again[name] for name in whole} == json.loads(json.dumps(whole))
     assert again["identity"] == identity
+
+
+def test_another_tokenizer_is_something_else_and_the_runs_own_goes_without_saying(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        other = deepcopy(tokenizer)
+        other.add_tokens([f"<{name}>"])
+        other.save_pretrained(tmp_path / name)
+    (tmp_path / "weights").write_bytes(b"w")
+    checkpoint = SimpleNamespace(weights=str(tmp_path / "weights"), config=SimpleNamespace(tokenizer="tiny"))
+    names = ("samples", "questions", "tokens", "dtype", "answers", "new_tokens")
+
+    def arguments(given: str | None) -> dict:
+        args = Namespace(**dict.fromkeys(names), orderings=["video_first"], tokenizer=given)
+        return identity(args, checkpoint, Questions(), 1)["arguments"]
+
+    own, a, b = (arguments(given) for given in (None, str(tmp_path / "a"), str(tmp_path / "b")))
+    assert own == arguments("tiny") == {**dict.fromkeys(names), "fine_iterations": 1, "ordering": "video_first"}
+    assert own != a != b != own
 
 
 def test_a_record_of_something_else_is_not_gone_on_with(tmp_path, caplog):

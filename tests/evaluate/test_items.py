@@ -68,6 +68,14 @@ def test_damage_is_counted_where_it_is_met(shards, tokenizer):
         items[2].read_frames()
 
 
+def test_a_shard_that_was_moved_costs_its_samples_only(shards, tokenizer):
+    items, _ = read_items(shards, tokenizer, 56, has_options)
+    shards[0].rename(shards[0].with_suffix(".moved"))
+    with pytest.raises(SampleError, match=r"unreadable_shard: .*shard-000000\.tar"):
+        items[0].read_frames()
+    assert items[2].read_frames().shape == (2, 3, 56, 56)
+
+
 def test_what_a_list_answer_is():
     narrated = {"assistant": "ring moon", "narration": ["", " ring", " moon"]}
     assert is_listing(narrated)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from fvlm.data.errors import MediaError
+from fvlm.data.video import Media
 from fvlm.evaluate.maps import patch_heat
 from fvlm.hub.demo import Viewer, as_png, chosen, draw_time_line, entropies, moments
 from fvlm.hub.opening import open_model, processor_for
@@ -113,6 +114,12 @@ def test_the_time_line_has_a_row_a_mode_a_column_a_token_and_the_entropy(viewer,
         np.testing.assert_allclose(curve, entropies(maps[:, :1]))
     assert as_png(figure).startswith(b"\x89PNG")
     assert as_png(draw_time_line(media, seen)) != as_png(draw_time_line(media, seen, head=1))
+
+
+def test_frames_that_are_all_the_same_have_their_own_times(viewer):
+    frame = np.random.default_rng(0).integers(0, 256, (1, 56, 56, 3), np.uint8)
+    media = Media(frame.repeat(3, axis=0), 3.0, "video")
+    assert moments(media, viewer.look(media, QUESTION, "autoregressive")) == ["0:00.5", "0:01.5", "0:02.5"]
 
 
 def test_three_hours_become_a_time_line_of_64_frames(viewer, tmp_path):

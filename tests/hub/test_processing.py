@@ -127,6 +127,9 @@ def test_saved_and_loaded_it_is_the_same(processor, tmp_path):
     assert again.apply_chat_template(chat) == processor.apply_chat_template(chat)
 
 
-def test_a_still_is_given_as_often_as_the_model_needs_for_its_looks():
+def test_a_still_is_given_as_often_as_the_model_needs_for_its_looks(caplog):
     assert processor_for(tiny_config(1024, tokens_per_frame=4), "tiny", looks=8).looks == 2
     assert processor_for(tiny_config(1024, architecture="multi_token"), "tiny", looks=8).looks == 1
+    assert not caplog.records
+    assert processor_for(tiny_config(1024, tokens_per_frame=16), "tiny", looks=8).looks == 1
+    assert "a still becomes 16 visual tokens, in training 8: tokens_per_frame = 16" in caplog.text

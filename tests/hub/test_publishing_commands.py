@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from fvlm.config import load_config
 from fvlm.hub.opening import open_model
-from fvlm.model import build_model, tiny_config
+from fvlm.model import FoveatedVLM, build_model, tiny_config
 from fvlm.train.build import load_model
 from launch.describe import main as describe
 from launch.export import main as export
@@ -122,6 +123,34 @@ def test_a_run_and_its_export_answer_alike(run, clip, tmp_path, capsys):
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
     assert open_model(str(run)).fine_iterations == 2
+
+
+def test_an_export_looks_as_its_run_trained(run, clip, tmp_path, monkeypatch):
+    for place in (run, run / "checkpoints" / "step-00000100"):
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        config["train"]["mode"] = "coarse_only"
+        (place / "config.yaml").write_text(yaml.safe_dump(config))
+    assert export(["--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 0
+    opened, looked, look = open_model(str(tmp_path / "out")), [], FoveatedVLM.visual_tokens
+    assert (opened.default_mode, opened.fine_iterations) == ("coarse_only", 2)
+    monkeypatch.setattr(FoveatedVLM, "visual_tokens", lambda *given: looked.append(given[3:5]) or look(*given))
+    opened.model.generate(**opened.processor(videos=clip, text="What?"), max_new_tokens=1)
+    assert looked == [("coarse_only", 2)]
+
+
+def test_answers_end_with_the_turn_though_the_back_bone_ends_otherwise(tokenizer, tmp_path):
+    config = tiny_config(len(tokenizer))
+    config.llm_config.eos_token_id, config.llm_config.pad_token_id = 0, None  # as of a base model
+    build_model(config).save_pretrained(tmp_path / "base")
+    opened = open_model(str(tmp_path / "base"), "tiny")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    found = opened.model.llm.generation_config
+    assert (found.eos_token_id, found.pad_token_id) == (end, end)
+    arguments = ["--checkpoint", str(tmp_path / "base"), "--tokenizer", "tiny", "--out", str(tmp_path / "out")]
+    assert export(arguments) == 0
+    exported = FoveatedVLM.from_pretrained(tmp_path / "out").llm
+    assert exported.generation_config.eos_token_id == end
+    assert exported.model.embed_tokens.padding_idx is None  # no row of it is left out of further training
 
 
 def test_an_export_is_exported_again_and_trained_on(exported, model, run, tmp_path):

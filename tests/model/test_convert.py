@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from fvlm.model import FoveatedConfig, FoveatedVLM, build_model, tiny_config
-from fvlm.model.convert import HEAD, load_into, published_name, read_state_dict
+from fvlm.model.convert import HEAD, load_into, locate, published_name, read_state_dict
 
 VOCABULARY = 64
 
@@ -89,6 +89,22 @@ def test_nothing_to_load_is_said_plainly(tmp_path):
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     with pytest.raises(ValueError, match="carries no geometry"):
         FoveatedVLM.from_pretrained(tmp_path / "bare.pt")
+
+
+def test_a_hub_id_may_have_a_dot_and_brings_its_chat_template(tmp_path, monkeypatch):
+    build_model(tiny_config(VOCABULARY)).save_pretrained(tmp_path)
+    asked = {}
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("fvlm.model.convert.snapshot_download", snapshot)
+    weights, config = locate("somebody/model-1.7B")
+    assert (weights, config.model_type) == (tmp_path / "model.safetensors", "fvlm")
+    assert "*.jinja" in asked["somebody/model-1.7B"]
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        locate("somebody/model.safetensors")
 
 
 def test_from_backbones_keeps_loaded_weights_and_draws_the_connector_as_settled(tmp_path):

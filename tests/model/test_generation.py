@@ -113,6 +113,16 @@ def test_the_multi_token_model_generates_too():
 
 
 @torch.no_grad()
+def test_tokens_of_another_dtype_than_the_rows_are_taken(model, monkeypatch):
+    """As under autocast on a GPU, whose `index_copy` does not turn one into the other."""
+    frames, ids = frames_and_ids(3, 4)
+    expected = model(frames, ids, mode="autoregressive").logits
+    to_llm = model.to_llm
+    monkeypatch.setattr(model, "to_llm", lambda z: to_llm(z).float())
+    torch.testing.assert_close(model(frames, ids, mode="autoregressive").logits, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 def test_packed_passes_are_the_same_after_generating(model):
     frames, ids = frames_and_ids(2, 4)
     before = model(frames, ids).logits

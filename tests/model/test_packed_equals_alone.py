@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from fvlm.model import build_model, tiny_config
+from fvlm.model.packed import SampleRows
+from fvlm.model.padded import pack_padded
 from tests.model.samples import alone, mixed, pack
 
 VOCABULARY = 64
@@ -109,3 +112,40 @@ def test_unused_frames_and_a_neighbours_nan_stay_where_they_are():
     own = int(rows[0].has_loss.sum())
     assert out[:own].isnan().any()
     torch.testing.assert_close(out[own:], clean[own:], rtol=RELATIVE, atol=1e-12)
+
+
+def test_the_padded_form_encodes_a_still_once_and_no_padding():
+    model = make()
+    frames = torch.randint(0, 256, (2, 4, 3, 56, 56), dtype=torch.uint8)
+    frames[0] = frames[0, :1].clone()  # a still looked at four times; the other one is a video of three frames
+    ids = torch.randint(3, VOCABULARY, (2, 5))
+    padding = {"frame_mask": torch.tensor([[True] * 4, [True] * 3 + [False]])}
+    batch = pack_padded(model.config, frames, ids, labels=ids, **padding).batch
+    batch.validate()
+    assert torch.equal(batch.frames, torch.cat([frames[0, :1], frames[1, :3]]))
+    counts = np.arange(5) > 0
+    rows = [
+        SampleRows(
+            token_ids=np.concatenate([np.zeros(n, int), text]),
+            frame=np.concatenate([4 * b + np.arange(n), np.full(5, -1)]),
+            has_loss=np.concatenate([np.zeros(n, bool), counts]),
+        )
+        for b, (n, text) in enumerate(zip((4, 3), ids.numpy(), strict=True))
+    ]
+    each_copy = pack(rows, frames.flatten(0, 1))
+    for mode in ("coarse_fine", "autoregressive"):
+        logprobs = model(frames, ids, labels=ids, mode=mode, **padding).logprobs
+        torch.testing.assert_close(logprobs, model(batch=each_copy, mode=mode).logprobs, rtol=RELATIVE, atol=1e-10)
+
+
+def test_labels_that_are_other_tokens_are_refused():
+    model = make()
+    frames, ids = torch.zeros(1, 1, 3, 56, 56, dtype=torch.uint8), torch.randint(3, VOCABULARY, (1, 5))
+    labels = torch.where(torch.arange(5) < 3, -100, ids)
+    mask = torch.tensor([[True] * 4 + [False]])
+    labels[0, 4] = 0  # padding
+    model(frames, ids, attention_mask=mask, labels=labels)
+    labels[0, 3] = ids[0, 3] - 1
+    said = rf"labels: expected input_ids' own tokens, or -100; labels\[0, 3\] is {labels[0, 3]}"
+    with pytest.raises(ValueError, match=said):
+        model(frames, ids, attention_mask=mask, labels=labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ from test_metrics import config as run_config
 
 from fvlm.config import config_hash, identity
 from fvlm.schema import ConfigError
+from fvlm.train import checkpoint
 from fvlm.train.build import find_init
 from fvlm.train.checkpoint import (
     CheckpointStore,
@@ -134,6 +136,20 @@ def test_a_damaged_newest_is_reported_and_the_previous_used(config, store, kind,
     assert "step-00000002" in caplog.text
 
 
+def test_a_newest_that_cannot_be_read_is_reported_and_the_previous_used(config, store, monkeypatch, caplog):
+    save(store, config, 1, 2)
+    digest = checkpoint.sha256
+
+    def stale(file: Path) -> str:
+        if file.parent.parent.name == "step-00000002":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return digest(file)
+
+    monkeypatch.setattr(checkpoint, "sha256", stale)
+    assert start(config, store)[0].step == 1
+    assert f"{ENGINE_FILE} cannot be read: [Errno 116] Stale file handle" in caplog.text
+
+
 def test_saving_again_over_a_damaged_one_publishes_the_new(config, store):
     save(store, config, 1, 2)
     flip(store.folder / "step-00000002" / ENGINE_FILE)
@@ -200,7 +216,7 @@ def test_another_run_in_the_same_folder_is_refused_with_the_difference(config, s
     other = replace(config, train=replace(config.train, seed=43))
     with pytest.raises(ConfigError, match=r"train\.seed = 42 -> 43.*--out"):
         start(other, store)
-    with pytest.raises(ConfigError, match=r"other data.*'samples': 10"):
+    with pytest.raises(ConfigError, match=r"other data \(samples = 10 -> 11\); restore the shards.*--out"):
         start(config, store, data={**DATA, "samples": 11})
     with pytest.raises(ConfigError, match="made with dtype fp32, this start has dtype bf16"):
         start(config, store, dtype="bf16")
@@ -226,6 +242,16 @@ def test_other_ranks_and_another_stage_resume_and_say_so(config, store, caplog):
 def test_ranks_that_see_different_things_are_refused(config, store):
     with pytest.raises(ConfigError, match=r"ranks \[1\] see another configuration or other data than rank 0"):
         start(config, store, world=TwoUnlike(rank=0, size=2, local_rank=0, device=WORLD.device))
+
+
+def test_shards_written_anew_are_refused_unless_the_checkpoint_is_older_than_their_digest(config, store):
+    save(store, config, 1)
+    found, _ = start(config, store, data={**DATA, "tars": "a"})
+    assert found.data["tars"] == "a"  # the next checkpoint has it
+    store.save(StubEngine(), replace(found, plan={**found.plan, "step": 2}), config, best=False)
+    store.settle(required_step=2)
+    with pytest.raises(ConfigError, match=r"tars = 'a' -> 'b'"):
+        start(config, store, data={**DATA, "tars": "b"})
 
 
 def test_operational_changes_resume(config, store):

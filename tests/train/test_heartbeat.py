@@ -12,7 +12,7 @@ import time
 import pytest
 from spawned import free_port
 
-from fvlm.train.heartbeat import LIMITS, Heartbeat
+from fvlm.train.heartbeat import LIMITS, Beat, Heartbeat
 
 SCRIPT = """
 import sys, time
@@ -91,6 +91,28 @@ def test_a_stopped_process_ends_the_others(stopped):
 def test_a_long_evaluation_is_no_silence():
     processes = start("evaluates")
     assert [(code, error) for code, error in end(processes, 60) if code] == []
+
+
+def test_who_waits_for_a_rank_that_is_slow_where_it_may_be_is_not_overdue():
+    """Rank 1 waits for a shard, rank 0 for rank 1 in a step; once the shard is there, rank 0's wait is not held against
+    it."""
+    heart, now = Heartbeat(0, 2), time.monotonic()
+    heart._heard = {0: (Beat(8, "step", 4, 300.0, 60), now), 1: (Beat(7, "data", 3, 300.0, 60), now)}
+    assert heart._overdue(now) is None
+    heart._heard[1] = (Beat(9, "step", 4, 5.0, 61), now)
+    assert heart._overdue(now) is None
+    heart._heard = {0: (Beat(8, "step", 4, 901.0, 180), now), 1: (Beat(7, "data", 3, 905.0, 180), now)}
+    assert "rank 1 came no further for 905 s in phase 'data' of step 3; the limit there is 900 s" in heart._overdue(now)
+    heart._heard = {0: (Beat(8, "step", 4, 61.0, 70), now), 1: (Beat(7, "data", 3, 2.0, 58), now - 61)}
+    assert "rank 1 was not heard of for 61 s" in heart._overdue(now)  # its process is gone, whatever it waited for
+
+
+def test_what_moves_within_its_phase_is_not_overdue_and_no_further_on():
+    heart = Heartbeat(0, 2)
+    heart._at -= 4000
+    heart.moving()
+    assert time.monotonic() - heart._at < 60
+    assert heart._count == 0
 
 
 def test_one_rank_alone_is_watched_too(monkeypatch):

@@ -61,6 +61,18 @@ def test_resumed_curve_continues_without_duplicates_and_without_a_torn_line(tmp_
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 40, b'{"kind": "st', b"run-1", b"5", b"\xff\xfe,1"])
+@pytest.mark.parametrize("name", ["metrics.csv", "metrics.jsonl", "data.csv"])
+def test_a_line_that_a_crash_left_damaged_is_dropped_and_named(tmp_path, caplog, name, damage):
+    fill(tmp_path, 1, 6)
+    whole = (tmp_path / name).read_bytes()
+    lines = whole.split(b"\n")
+    (tmp_path / name).write_bytes(b"\n".join([*lines[:2], damage, *lines[2:]]))
+    fill(tmp_path, 7, 6, resume_step=6)
+    assert (tmp_path / name).read_bytes() == whole
+    assert f"{name}: dropped 1 damaged lines, the first is line 3 (" in caplog.text
+
+
 def test_an_evaluation_that_the_checkpoint_does_not_know_of_is_recorded_once(tmp_path):
     """Told to stop before the evaluation after step 4, started again, evaluated, and killed before the next save."""
     fill(tmp_path, 1, 4)

@@ -142,6 +142,22 @@ def test_torchs_fused_adamw_leaves_everything_as_it_is_where_the_flag_is_up():
     assert float(optimizer.state[parameter]["step"]) == 1
 
 
+def test_the_flag_is_where_the_masters_are_before_the_update_reads_it():
+    """With offload the verdict is the device's; ZeRO-3 steps one group, and leaves the others without parameters."""
+
+    class OnTheDevice:
+        def to(self, device: torch.device) -> torch.Tensor:
+            return torch.ones((), device=device)
+
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(1))]}, {"params": [parameter]}], fused=True)
+    optimizer.param_groups[0]["params"] = []
+    judge_before_update(optimizer, OnTheDevice)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert parameter.tolist() == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.slow
 def test_deepspeeds_adam_on_the_cpu_is_torchs_and_leaves_out_the_same_steps(tmp_path, monkeypatch):
     """Compiled beforehand, which takes a minute or more; skipped where there is no compiler."""

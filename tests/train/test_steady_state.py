@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from pathlib import Path
-from unittest.mock import patch
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -153,6 +154,20 @@ def test_a_step_that_hangs_on_the_device_is_found_by_who_reads_it(monkeypatch):
             trainer.settle()
     assert len(ended) == 1
     assert "in phase 'step' of step 7" in ended[0]
+
+
+def test_publishing_between_steps_has_the_time_of_a_checkpoint():
+    """Rank 0 renames, and removes an old one, while the others wait for it."""
+    published = []
+    sums, judged = SimpleNamespace(told=0, written=1), SimpleNamespace(grad_norm=1.0)
+    trainer = object.__new__(Trainer)
+    trainer.heartbeat, trainer._phase, trainer._told = Heartbeat(0, 1), "step", False
+    trainer.world, trainer.state, trainer.train = SimpleNamespace(size=1), Mock(step=1), Mock(log_every=2)
+    trainer.guard, trainer._account = Mock(observe=lambda _: None), Mock()
+    trainer.store = Mock(settle=lambda: published.append(trainer.heartbeat._phase))
+    trainer._pending = Mock(letter=Mock(read=lambda: (sums, judged, 0.0)), step=Mock(index=0), probed=False)
+    trainer.settle()
+    assert published == ["checkpoint"]
 
 
 def send_three(device: torch.device) -> list[tuple[float, float, float]]:

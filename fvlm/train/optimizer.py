@@ -127,9 +127,10 @@ def judge_before_update(optimizer: torch.optim.Optimizer, verdict: Callable[[], 
     """
 
     def raise_flag(chosen: torch.optim.Optimizer, *_: Any) -> None:
-        masters = next(parameter for group in chosen.param_groups for parameter in group["params"])
-        # Offloaded ones: AdamW would copy the flag without waiting, and its CPU kernel read it before it is there.
-        chosen.found_inf = verdict().to(masters.device)
+        masters = [parameter for group in chosen.param_groups for parameter in group["params"]]
+        if masters:  # ZeRO-3 steps part by part, also where all of a part is frozen
+            # Offloaded ones: AdamW would copy the flag without waiting, and its CPU kernel read it too early.
+            chosen.found_inf = verdict().to(masters[0].device)
 
     if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
         optimizer.register_step_pre_hook(raise_flag)

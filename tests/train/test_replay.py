@@ -112,4 +112,4 @@ def test_what_cannot_be_replayed_is_said(options, expected):
 def test_help_shows_an_example():
     code, printed = command("--help")
     assert code == 0
-    assert "python launch/replay.py --run runs/demo --step 1200" in printed
+    assert "python launch/replay.py --run runs/demo --step 250" in printed

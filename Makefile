@@ -25,7 +25,7 @@ $(BIN)/.installed: setup.py constraints.txt
 
 install: $(BIN)/.installed  ## make .venv and install everything into it
 
-demo: install  ## draw clips, prepare, train, evaluate, report: a quarter of an hour on two busy cores
+demo: install  ## draw clips, prepare, train, evaluate, report: minutes on two idle cores
 	$(BIN)/python -m data_prep.synthetic --out demo/clips --clips 12000 --val-clips 200 --frames 5 --mix cue=0.72,caption=0.14,text=0.14
 	$(PREPARE) --input demo/clips --manifest train.jsonl --out demo/shards/train
 	$(PREPARE) --input demo/clips --manifest val.jsonl --out demo/shards/val

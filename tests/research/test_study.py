@@ -173,6 +173,48 @@ def test_a_run_is_done_again_where_the_one_that_it_starts_from_changed(base, tmp
     assert starts(Path("out"), "second") == ["train", "evaluate"] * 2
 
 
+def test_runs_that_are_rows_elsewhere_are_not_run_again_and_give_the_same_tables(base, tmp_path, monkeypatch):
+    whole, parts, here = tmp_path / "whole", tmp_path / "parts", tmp_path / "here"
+    run_study(RUNS, base, whole, launcher=LAUNCHER)
+    for name in ("base", "coarse"):  # two machines, a run each
+        run_study(RUNS, base, parts / name, launcher=LAUNCHER, only=[name])
+        for table in (*TABLES, "timing.csv"):
+            (here / "elsewhere" / name).mkdir(parents=True, exist_ok=True)
+            (here / "elsewhere" / name / table).write_bytes((parts / name / table).read_bytes())
+    study = run_study(RUNS, base, here, launcher=LAUNCHER)
+    assert study.statuses == {"base": "done", "coarse": "done", "pooled": "done"}
+    assert not (here / "base").exists()
+    assert not (here / "coarse").exists()
+    assert starts(here, "pooled") == ["train", "evaluate"]
+    for name in TABLES:
+        assert (here / name).read_bytes() == (whole / name).read_bytes(), name
+    assert rows(here / "timing.csv")[0] == rows(parts / "base" / "timing.csv")[0]
+    again = here / "elsewhere" / "again"
+    again.mkdir()
+    (again / "results.csv").write_bytes((whole / "results.csv").read_bytes())
+    with pytest.raises(ConfigError, match=r"run base is also in .*elsewhere/again/results.csv"):
+        run_study(RUNS, base, here, launcher=LAUNCHER)
+
+
+def test_a_row_elsewhere_of_another_configuration_or_of_weights_that_are_wanted_is_run(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [run("first"), run("second", 'init_from="out/first"', after="first"), run("third")]
+    run_study(runs, base, "out", launcher=LAUNCHER)
+    tables = Path("here/elsewhere")
+    tables.mkdir(parents=True)
+    for table in TABLES:
+        (tables / table).write_bytes(Path("out", table).read_bytes())
+    Path("out").rename("gone")
+    changed = [runs[0], run("second", 'init_from="here/first"', after="first"), run("third", "train.seed=5")]
+    study = run_study(changed, base, "here", launcher=LAUNCHER, only=["first", "third"])
+    assert study.statuses == {"first": "done", "third": "done"}
+    assert not Path("here/first").exists()
+    assert starts(Path("here"), "third") == ["train", "evaluate"]
+    assert [row["status"] for row in rows(Path("here/results.csv"))] == ["done", "not_run", "done"]
+    run_study(changed, base, "here", launcher=LAUNCHER, only=["second"])
+    assert starts(Path("here"), "first") == starts(Path("here"), "second") == ["train", "evaluate"]
+
+
 def test_tables_are_written_anew_for_their_own_base_alone_and_beside_no_study_at_work(base, tmp_path):
     run_study(RUNS[:1], base, tmp_path, launcher=LAUNCHER)
     table = tmp_path / "results.csv"

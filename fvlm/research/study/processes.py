@@ -155,10 +155,11 @@ def refuse(folder: Path, config: RunConfig, reason: str) -> dict[str, Any]:
     return known
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """`study.json` of a run; None where it was never begun."""
+def read_record(folder: Path, digest: str | None = None) -> dict[str, Any] | None:
+    """`study.json` of a run; None where it was never begun, or was with another configuration than `digest` names."""
     path = folder / RECORD
-    return read_json(path) if path.is_file() else None
+    record = read_json(path) if path.is_file() else None
+    return record if record is not None and digest in (None, record["config_hash"]) else None
 
 
 def is_done(folder: Path, wanted: dict[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 A study lives in one folder: `plan.json` and `base.yaml` (what is to be run), a folder a run, and the tables that
 `fvlm.research.study.tables` writes after every run. The same call again goes on: finished runs are left alone, stopped
-ones continue, failed ones are tried once more.
+ones continue, failed ones are tried once more. Runs that were done elsewhere, and whose tables are here
+(`fvlm.research.study.elsewhere`), are left alone too, unless one that is to be run starts from their weights.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import IO, Any, Protocol, TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fvlm.config import RunConfig
-from fvlm.research.study.plan import PlannedRun, read_plan, require_base, with_needed, write_plan
-from fvlm.research.study.processes import Children, Launcher, carry_out, refuse
+from fvlm.config import RunConfig, config_hash
+from fvlm.research.study.elsewhere import ELSEWHERE, read_elsewhere
+from fvlm.research.study.plan import PlannedRun, read_plan, require_base, run_config, with_needed, write_plan
+from fvlm.research.study.processes import Children, Launcher, carry_out, read_record, refuse
 from fvlm.research.study.tables import collect
 from fvlm.schema import ConfigError
 from fvlm.train.preemption import EXIT_CODE
@@ -75,6 +77,8 @@ def run_study(
     """
     out, launcher = Path(out), launcher or Launcher()
     names = with_needed([run.name for run in runs] if only is None else only, runs)
+    there = _done_elsewhere(names, runs, base, out)
+    names = with_needed(names - there, runs)
     chosen = [run for run in runs if run.name in names]
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out) as lock, told_to_stop(Children(lock)) as children:
@@ -109,7 +113,20 @@ def run_study(
                 children.stop()  # or the pool would wait for all that is left
                 raise
         collect(runs, out)
-    return Study(out=out, statuses={run.name: statuses[run.name] for run in chosen})
+    return Study(out=out, statuses={**dict.fromkeys(there, "done"), **statuses})
+
+
+def _done_elsewhere(names: Collection[str], runs: Sequence[PlannedRun], base: RunConfig, out: Path) -> set[str]:
+    """Of the runs named, those without a record here and with rows of their configuration in tables elsewhere."""
+    rows = read_elsewhere(out)
+    hashes = {run.name: config_hash(run_config(run, base, out)) for run in runs if run.name in names}
+    known = {name for name in hashes if (name, hashes[name]) in rows and read_record(out / name, hashes[name]) is None}
+    others = sorted({name for name, digest in rows if name in hashes and hashes[name] != digest} - known)
+    if rows:
+        logger.info("%s: %d of the runs asked for are done there", out / ELSEWHERE, len(known))
+    if others:
+        logger.info("%s: of another configuration, and run again: %s", out / ELSEWHERE, ", ".join(others))
+    return known
 
 
 def collect_again(runs: Sequence[PlannedRun], base: RunConfig, out: Path) -> None:

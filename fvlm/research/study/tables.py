@@ -18,6 +18,7 @@ from typing import Any
 from fvlm.config import RunConfig, config_hash, load_config, to_dict
 from fvlm.evaluate.suite import MODES
 from fvlm.research.records import RunRecords, read_json
+from fvlm.research.study.elsewhere import read_elsewhere
 from fvlm.research.study.plan import BASE, PlannedRun, run_config
 from fvlm.research.study.processes import read_record
 from fvlm.research.study.workload import parameters
@@ -55,9 +56,12 @@ class _Found:
 
 
 def collect(runs: Sequence[PlannedRun], out: str | Path) -> None:
-    """(Re)writes the tables in `out`, which holds `base.yaml`; raises ValueError for a record that cannot be read."""
+    """(Re)writes the tables in `out`, which holds `base.yaml`; a run without a record there may have rows elsewhere.
+
+    Raises ValueError for a record or table that cannot be read, ConfigError where two of the latter hold the same run.
+    """
     out = Path(out)
-    base = load_config(str(out / BASE))
+    base, elsewhere = load_config(str(out / BASE)), read_elsewhere(out)
     labels = list(dict.fromkeys(name for run in runs for name in run.labels))
     columns = [*RESULTS_BEFORE, *(name for name in labels if name not in RESULTS_BEFORE + RESULTS_AFTER)]
     columns += RESULTS_AFTER
@@ -65,6 +69,13 @@ def collect(runs: Sequence[PlannedRun], out: str | Path) -> None:
     for run in runs:
         config = run_config(run, base, out)
         found, name = _find(out / run.name, config), {"run": run.name}
+        rows = elsewhere.get((run.name, config_hash(config)))
+        if found.status == "not_run" and rows is not None:
+            results += [{**row, **run.labels} for row in rows["results.csv"]]
+            families += rows["families.csv"]
+            curves += rows["curves.csv"]
+            timing += rows["timing.csv"]
+            continue
         ended = {"status": found.status, "reason": found.record.get("reason")}
         results.append({**run.labels, **name, **ended, **_said(config), **_figures(found, config)})
         families += [{**name, **row} for row in (_families(found.done) if found.done else ())]
@@ -95,8 +106,8 @@ def _cell(value: Any) -> Any:
 
 def _find(folder: Path, config: RunConfig) -> _Found:
     """A record of another configuration is another run's, and no record of this one."""
-    record = read_record(folder)
-    if record is None or record["config_hash"] != config_hash(config):
+    record = read_record(folder, config_hash(config))
+    if record is None:
         return _Found(status="not_run", record={})
     status = "stopped" if record["status"] == "running" else record["status"]
     lines = _whole_lines(folder / "metrics.jsonl")

@@ -210,7 +210,8 @@ def _study(study: StudyRecords, here: Path) -> list[str]:
         )
         chance = None if accuracy is None or math.isnan(accuracy.chance) else percent(accuracy.chance)
         rows.append((arm, runs[0].text("changed") or None, runs[0].kind, len(runs), loss and loss.mean, shown, chance))
-    failed = [f"{run.name} ({run.text('reason') or run.text('status')})" for run in study.runs if not run.done]
+    begun = [run for run in study.runs if run.text("status") != "not_run"]
+    ended = [f"{run.name} ({run.text('reason') or run.text('status')})" for run in begun if not run.done]
     pages = sorted({*study.folder.glob("*.md"), *study.folder.glob("figures/*.md")})
     links = ", ".join(f"[{page.stem}]({_link(page, here)})" for page in pages)
     note = (
@@ -219,8 +220,10 @@ def _study(study: StudyRecords, here: Path) -> list[str]:
     )
     header = ("arm", "changed", "what sees a frame", "seeds", "validation loss", "held-out accuracy", "chance")
     lines = [f"## Study: {study.name}", "", note, "", *table(header, rows)]
-    if failed:
-        lines += [f"Not done: {', '.join(failed)}.", ""]
+    if ended:
+        lines += [f"Not done: {', '.join(ended)}.", ""]
+    if len(begun) < len(study.runs):
+        lines += [f"Not begun: {len(study.runs) - len(begun)} of its {len(study.runs)} planned runs.", ""]
     return lines + ([f"More: {links}.", ""] if links else [])
 
 

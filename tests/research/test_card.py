@@ -95,11 +95,15 @@ def test_accuracies_on_other_data_are_not_subtracted(stages, tmp_path, without_f
 
 def test_what_lacks_is_named(stages, tmp_path, without_figures):
     (stages[0] / "metrics.csv").unlink()
-    study = made.write_study(tmp_path / "ablations", made.ablation_rows(), maps=False)
-    text = write_card(stages, tmp_path / "card.md", [study]).read_text()
+    arms = [*made.ablation_rows(), made.arm("A6", "A6", "") | {"run": "A6-s9", "status": "not_run"}]
+    study = made.write_study(tmp_path / "ablations", arms, maps=False)
+    grid = made.write_study(tmp_path / "grid", [made.arm("F3", "", "") | {"budget": "1e12"}], maps=False)
+    text = write_card(stages, tmp_path / "card.md", [study, grid]).read_text()
+    assert f"Not begun: 1 of its {len(arms)} planned runs." in text
     absent = text.split("## Not on record")[1]
     assert "- stage1: `metrics.csv`" in absent
-    assert "- ablations: `fits.json`" in absent
+    assert "- grid: `fits.json`" in absent
+    assert "- ablations: `fits.json`" not in absent
 
 
 def test_command_line(stages, tmp_path, capsys, without_figures):

@@ -142,12 +142,13 @@ def read_study(path: str | Path) -> StudyRecords:
                 what += ": begun, and empty so far"
         missing.append(f"`{name}` ({what})")
     fits = read_json(beside / "fits.json") if beside and (beside / "fits.json").is_file() else None
-    if fits is None:
+    table = read_csv(results, ["run"])
+    if fits is None and any(table.columns.get("budget", ())):  # ablations have none to lack
         missing.append("`fits.json` (scaling laws)")
     return StudyRecords(
         name=folder.resolve().name if beside else results.stem,
         folder=folder,
-        runs=study_runs(read_csv(results, ["run"]), beside),
+        runs=study_runs(table, beside),
         families=tables.get("families.csv"),
         curves=tables.get("curves.csv"),
         fits=fits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,8 @@ def test_clips_with_something_to_look_for_come_first_and_have_a_row_an_arm(tmp_p
     assert np.array_equal(shown[0].maps["A6"], own), "each arm in the mode that it trained"
     with pytest.raises(NotDrawn, match=r"maps of 2 clip\(s\)"):
         arm_figures.draw_attention(2)(study, tmp_path / "x")
+    shutil.rmtree(folder / "F3-s0")  # a seed whose folder is elsewhere gives way to one that is here
+    assert arm_figures.draw_attention(0)(read_study(folder), tmp_path / "x").runs[0] == "F3-s1"
 
 
 def test_frontier_holds_what_nothing_cheaper_reaches():

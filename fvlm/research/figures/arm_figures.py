@@ -240,7 +240,8 @@ def draw_attention(number: int) -> Callable[..., Drawn]:
     """A function that draws the `number`-th fixed clip of those with most arms' maps: a row an arm, in its own mode."""
 
     def draw(study: StudyRecords, stem: Path) -> Drawn:
-        mapped = [run for seeds in study.arms().values() for run in seeds[:1] if _maps(run)]
+        first = [next(filter(_maps, seeds), None) for seeds in study.arms().values()]  # of its seeds
+        mapped = [run for run in first if run is not None]
         if not mapped:
             raise NotDrawn("no run folder beside results.csv has evaluation/maps/*.npz")
         mapped.sort(key=lambda run: (run.arm != study.base_arm(), _telling(run)))

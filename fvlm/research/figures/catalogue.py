@@ -101,7 +101,7 @@ def _head(paths: Sequence[str | Path], studies: Sequence[StudyRecords]) -> list[
             len(study.runs),
             len(study.done),
             ", ".join(study.commits) or None,
-            ", ".join(study.missing) or "all",
+            ", ".join(study.missing) or None,
         )
         for study in studies
     ]

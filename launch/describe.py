@@ -20,7 +20,7 @@ import torch
 
 from fvlm.data.chat import SOURCE_PROMPTS
 from fvlm.hub.opening import OpenedModel, open_model
-from fvlm.model.base import MODES
+from fvlm.model.configuration import MODES
 from fvlm.schema import ConfigError
 
 ASK = SOURCE_PROMPTS["sharegpt4video"]

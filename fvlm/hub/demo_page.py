@@ -20,7 +20,7 @@ from fvlm.data.chat import SOURCE_PROMPTS
 from fvlm.data.video import Media
 from fvlm.evaluate.maps import ClipMaps
 from fvlm.hub.demo import MOST_COLUMNS, Viewer, as_png, draw_time_line
-from fvlm.model.base import MODES
+from fvlm.model.configuration import MODES
 from fvlm.research.style import MODE_NAMES
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from fvlm.evaluate.ranks import alone
 from fvlm.evaluate.scoring import score
 from fvlm.hub.harness import at_least_one, cut, flat, generation_options
 from fvlm.hub.opening import open_model
-from fvlm.model.base import MODES
+from fvlm.model.configuration import MODES
 from fvlm.schema import ConfigError
 
 

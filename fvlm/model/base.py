@@ -27,12 +27,11 @@ from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..kernels.varlen_attention import varlen_attention
 from . import answering, convert
 from .branches import Branches, branched_hidden_states
-from .configuration import FoveatedConfig
+from .configuration import MODES, FoveatedConfig
 from .encoder import FoveatedEncoder
 from .packed import PackedBatch
 from .padded import pack_padded
 
-MODES = ("coarse_fine", "coarse_only", "autoregressive")
 CONNECTOR = ("q_static", "q_init", "dino_to_llm.", "llm_to_query.", "encoder.query_", "encoder.output_proj.")
 ATTENTION = f"fvlm-{crc32(__name__.encode()):08x}"
 """Name of the attention below; an exported folder's copy of this module has another, so that each keeps its own."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from transformers import Dinov2Config, LlamaConfig, PreTrainedConfig
 
 ARCHITECTURES = ("foveated", "multi_token")
+MODES = ("coarse_fine", "coarse_only", "autoregressive")
+"""How a frame is looked at; docs/model.md."""
 
 
 class FoveatedConfig(PreTrainedConfig):
@@ -63,6 +65,8 @@ class FoveatedConfig(PreTrainedConfig):
         _require(architecture in ARCHITECTURES, "architecture", f"one of {ARCHITECTURES}", architecture)
         _require(grid in (1, 4, 16), "grid", "1, 4 or 16", grid)
         _require(tokens_per_frame >= 1, "tokens_per_frame", "at least 1", tokens_per_frame)
+        _require(default_mode in MODES, "default_mode", f"one of {MODES}", default_mode)
+        _require(fine_iterations >= 1, "fine_iterations", "at least 1", fine_iterations)
         learnable = query_logit_scale == "learnable"
         number = isinstance(query_logit_scale, (int, float)) and query_logit_scale > 0
         _require(learnable or number, "query_logit_scale", "a positive number or 'learnable'", query_logit_scale)

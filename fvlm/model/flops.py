@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import MODES, spread
-from .configuration import FoveatedConfig
+from .base import spread
+from .configuration import MODES, FoveatedConfig
 from .flops_parameters import attention_widths, llm_matrices, vision_mlp_matrices
 
 # dense bf16 with fp32 accumulation, operations a second, from the vendors' data sheets

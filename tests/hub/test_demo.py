@@ -17,7 +17,8 @@ from fvlm.evaluate.maps import patch_heat
 from fvlm.hub.demo import Viewer, as_png, chosen, draw_time_line, entropies, moments
 from fvlm.hub.opening import open_model, processor_for
 from fvlm.model import build_model, tiny_config
-from fvlm.model.base import MODES, VisionLanguageModel
+from fvlm.model.base import VisionLanguageModel
+from fvlm.model.configuration import MODES
 from launch.demo import main as demo
 from tests.data.drawn_videos import at_rate, draw
 

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, LlamaConfig
 
 from fvlm.model import FoveatedConfig, build_model, tiny_config
-from fvlm.model.base import MODES
-from fvlm.model.configuration import PRESETS, preset_config
+from fvlm.model.configuration import MODES, PRESETS, preset_config
 from fvlm.model.flops import Sample, flops_per_sample, pack_flops, peak_flops
 from fvlm.model.flops_parameters import parameter_count
 from fvlm.model.padded import pack_padded

@@ -71,8 +71,9 @@ def test_a_rank_that_stands_still_is_named_by_every_rank_and_all_end():
     ranks = end(start("sleeps"), 60)
     assert [code for code, _ in ranks] == [1, 1]
     for rank, (_, printed) in enumerate(ranks):
-        assert f"train: rank {rank}: rank 1 came no further for " in printed
-        assert "in phase 'data' of step 5; the limit there is 3 s" in printed
+        # "not heard of" where a starved machine let rank 1's own thread fall silent too
+        said = f"train: rank {rank}: rank 1 (came no further|was not heard of) for [0-9]+ s in phase 'data' of step 5"
+        assert re.search(f"{said}; the limit there is 3 s", printed), printed
     assert "time.sleep" in ranks[1][1] or '"<string>", line 13' in ranks[1][1]  # where it slept
 
 

@@ -75,6 +75,7 @@ def test_slurm_signals_the_ranks_and_the_requeued_job_goes_on_where_it_was(shard
     assert all(value.equal(expected[name]) for name, value in final_weights(tmp_path / "run").items())
 
 
+@pytest.mark.slow
 def test_slurm_passes_on_that_a_run_cannot_start(slurm, tmp_path):
     job = slurm_job(slurm, ["--config", "no_such_config"])
     printed = job.communicate(timeout=120)[0]

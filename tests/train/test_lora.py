@@ -238,6 +238,7 @@ def test_a_resumed_run_has_the_same_adapters_bit_for_bit(runs):
         assert all(torch.equal(value, cut[name]) for name, value in whole.items()), file
 
 
+@pytest.mark.slow
 def test_a_checkpoints_weights_are_an_ordinary_model_and_its_base_the_start(runs, shards):
     config = train_config(shards, runs / "whole", *RUN)
     start = load_model(replace(config, train=replace(config.train, lora=None)), len(load_tokenizer("tiny")))
@@ -253,6 +254,7 @@ def test_a_checkpoints_weights_are_an_ordinary_model_and_its_base_the_start(runs
     assert all(torch.equal(value, found[name]) for name, value in again.state_dict().items())
 
 
+@pytest.mark.slow
 def test_adapters_that_are_still_frozen_leave_the_model_as_it_was(runs, shards):
     start = load_model(train_config(shards, runs / "whole"), len(load_tokenizer("tiny"))).state_dict()
     early = FoveatedVLM.from_pretrained(runs / "early" / "weights").state_dict()

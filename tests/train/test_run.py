@@ -67,6 +67,7 @@ def kill_after(out, processes, step: int) -> None:
         process.wait()
 
 
+@pytest.mark.slow  # test_kills.py kills at random moments
 def test_killed_and_started_again_equals_undisturbed_bit_for_bit(shards, two_ranks, tmp_path):
     """Twice: after the first checkpoint (step 5) and after the second (step 10)."""
     command = arguments(shards, tmp_path)

@@ -13,8 +13,9 @@ from torch import nn
 from fvlm.evaluate.benchmarks.base import Benchmark
 from fvlm.evaluate.items import in_turn
 from fvlm.evaluate.multiple_choice import ChoiceTask
-from fvlm.evaluate.suite import MODES, Suite
+from fvlm.evaluate.suite import Suite
 from fvlm.evaluate.writing import Writer
+from fvlm.model.configuration import MODES
 
 SAMPLES = 6
 """Questions of each task that are kept with their answers."""

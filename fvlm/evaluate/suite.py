@@ -30,7 +30,6 @@ from fvlm.evaluate.writing import Writer
 from fvlm.schema import ConfigError
 
 logger = logging.getLogger(__name__)
-MODES = ("coarse_only", "coarse_fine", "autoregressive")
 ORDERINGS = {"video_first": Layout.VIDEO_FIRST, "question_first": Layout.QUESTION_FIRST}
 TASKS = ("loss", "blank", "mc", "slots", "captions", "maps")
 SUMMARY_FIGURES = ("accuracy", "n", "chance", "low", "high")

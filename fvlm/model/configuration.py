@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import Dinov2Config, LlamaConfig, PreTrainedConfig
 
 ARCHITECTURES = ("foveated", "multi_token")
-MODES = ("coarse_fine", "coarse_only", "autoregressive")
-"""How a frame is looked at; docs/model.md."""
+MODES = ("coarse_only", "coarse_fine", "autoregressive")
+"""How a frame is looked at, in the order of tables and figures; docs/model.md."""
 
 
 class FoveatedConfig(PreTrainedConfig):

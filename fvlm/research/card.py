@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from fvlm.model.configuration import MODES
 from fvlm.research import sections
 from fvlm.research.plots import plot_losses, plot_modes, plot_preference
 from fvlm.research.reading import headline_task, percent, reading, with_interval
 from fvlm.research.records import RunRecords, read_run
 from fvlm.research.report import Figures, write_text
-from fvlm.research.sections import MODES, table
+from fvlm.research.sections import table
 from fvlm.research.study.records import StudyRecords, read_study
 from fvlm.research.study.rows import accuracy_spread, loss_spread
 from fvlm.research.style import MODE_NAMES

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fvlm.evaluate.maps import ClipMaps
+from fvlm.model.configuration import MODES
 from fvlm.research import sections
 from fvlm.research.plots import plot_arms, plot_entropy, plot_loss_ratio, plot_losses, plot_modes, plot_preference
 from fvlm.research.reading import TASKS, headline_task, reading
@@ -117,7 +118,7 @@ def _looked_for(clip: ClipMaps) -> int:
 def _mode_bars(run: RunRecords, figures: Figures) -> list[str]:
     bars: dict[str, dict[str, Any]] = {}
     for task in TASKS:
-        for mode in sections.MODES:
+        for mode in MODES:
             for source, values in ((run.mode(mode).get(task) or {}).get("by_source") or {}).items():
                 bars.setdefault(source.removeprefix("synthetic/"), {})[mode] = values
     if not bars:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from fvlm.evaluate.maps import cued_share
+from fvlm.model.configuration import MODES
 from fvlm.research.reading import TASKS, headline_task, percent, with_interval
 from fvlm.research.records import RunRecords
 from fvlm.research.style import MODE_NAMES
 
-MODES = ("coarse_only", "coarse_fine", "autoregressive")
 CODE = ("fvlm", "kernels", "launch", "data_prep", "benchmarks")
 
 

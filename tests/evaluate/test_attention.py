@@ -12,8 +12,8 @@ from fvlm.data.chat import Visual
 from fvlm.evaluate.attention import choose_clips, clip_maps, look_at_array, save_maps
 from fvlm.evaluate.items import Presentation
 from fvlm.evaluate.maps import ClipMaps, cell_shares, cued_share, load_clip, patch_heat
+from fvlm.model.configuration import MODES
 
-MODES = ("coarse_only", "coarse_fine", "autoregressive")
 STILL = {"kind": "image", "frame_count": 1, "look_at": None}
 
 

@@ -14,9 +14,9 @@ from fvlm.data.errors import SampleError
 from fvlm.evaluate.multiple_choice import Answer, multiple_choice, slot_question, slots, summarise
 from fvlm.evaluate.scoring import score
 from fvlm.model import build_model, tiny_config
+from fvlm.model.configuration import MODES
 from tests.evaluate.reference import SHAPES, answer_logprob, answer_places, logprobs
 
-MODES = ("coarse_only", "coarse_fine", "autoregressive")
 LONG_WORDS = ("ring", "rhinoceros", "ringleader", "quicksilver")
 
 

@@ -23,9 +23,10 @@ from fvlm.evaluate import suite as suite_module
 from fvlm.evaluate.asking import Questions, evaluate_modes, gaps, ordering_table
 from fvlm.evaluate.items import in_turn
 from fvlm.evaluate.maps import load_clip
-from fvlm.evaluate.suite import MODES, ORDERINGS, TASKS, build_suite, training_figures
+from fvlm.evaluate.suite import ORDERINGS, TASKS, build_suite, training_figures
 from fvlm.model import build_model, tiny_config
 from fvlm.model.base import cast_parameters
+from fvlm.model.configuration import MODES
 from fvlm.schema import ConfigError
 from tests.evaluate.reference import SHAPES
 

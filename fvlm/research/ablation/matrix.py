@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fvlm.config import CONFIGS
-from fvlm.evaluate.suite import MODES
+from fvlm.model.configuration import MODES
 from fvlm.schema import build, read_mapping, require, resolve
 
 METRIC = re.compile(rf"val_loss|(accuracy|mc)(_({'|'.join(MODES)}))?|(mc|slots|loss):\S+")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fvlm.evaluate.maps import ClipMaps, load_clip
+from fvlm.model.configuration import MODES
 from fvlm.research.figures.arm_plots import plot_arm_modes, plot_dots, plot_families, plot_panels, usual_top
-from fvlm.research.sections import MODES
 from fvlm.research.strips import plot_strip
 from fvlm.research.study.records import Drawn, NotDrawn, StudyRecords
 from fvlm.research.study.rows import Spread, StudyRun, accuracy_spread, budget_words, loss_spread, spread

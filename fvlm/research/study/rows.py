@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fvlm.research.sections import MODES
+from fvlm.model.configuration import MODES
 from fvlm.research.tables import Table
 
 TEXTS = {

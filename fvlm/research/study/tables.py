@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fvlm.config import RunConfig, config_hash, load_config, to_dict
-from fvlm.evaluate.suite import MODES
+from fvlm.model.configuration import MODES
 from fvlm.research.records import RunRecords, read_json
 from fvlm.research.study.elsewhere import read_elsewhere
 from fvlm.research.study.plan import BASE, PlannedRun, run_config

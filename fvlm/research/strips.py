@@ -43,7 +43,7 @@ def plot_strip(
         for row, name in enumerate(["frame", *(MODE_NAMES.get(mode, mode) for mode in modes)]):
             grid[row, 0].set_ylabel(name, fontsize=8)
         figure.suptitle(_caption(clip), fontsize=8, y=0.99)
-        figure.subplots_adjust(wspace=0.06, hspace=0.06)
+        figure.subplots_adjust(wspace=0.06, hspace=0.06, top=1 - 0.5 / size[1])  # two lines of text above
         return save_figure(figure, stem)
 
 

@@ -6,9 +6,11 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -289,6 +291,33 @@ def test_clips_with_something_to_look_for_come_first_and_have_a_row_an_arm(tmp_p
         arm_figures.draw_attention(2)(study, tmp_path / "x")
     shutil.rmtree(folder / "F3-s0")  # a seed whose folder is elsewhere gives way to one that is here
     assert arm_figures.draw_attention(0)(read_study(folder), tmp_path / "x").runs[0] == "F3-s1"
+
+
+def test_of_a_grid_every_size_of_the_largest_budget_shows_where_it_looks(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(arm_figures, "plot_strip", lambda clip, stem: shown.append(clip) or (stem, stem))
+    drawn = arm_figures.draw_attention(0)(read_study(made.write_study(tmp_path / "g", made.grid_rows())), tmp_path)
+    assert drawn.runs == tuple(f"{size}-foveated-6.4e+13" for size in made.SIZES)
+    assert [row.replace("\n", " ") for row in shown[0].maps] == [
+        f"{size}, foveated, 1 token a frame" for size in made.SIZES
+    ]
+
+
+@pytest.mark.parametrize("which", ["x", "y"])
+def test_numbers_of_a_short_logarithmic_axis_do_not_overlap(which):
+    figure, axes = plt.subplots(figsize=(3.6, 3.3))
+    values = [1.37e9, 275e6, 382e6, 441e6, 715e6, 759e6]
+    axes.plot(values, values)
+    axes.set_yscale("log")
+    scaling_plots._log_axis(axes, which, values)
+    axis = getattr(axes, f"{which}axis")
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+    ends = [(box.x0, box.x1) if which == "x" else (box.y0, box.y1) for box in boxes]
+    assert all(before[1] < after[0] for before, after in pairwise(ends))
+    assert [label.get_text() for label in axis.get_ticklabels()] == ["275 M", "382 M", "715 M", "1.37 G"]
+    assert np.allclose(axis.get_ticklocs(minor=True), [441e6, 759e6])  # of the others, a mark
+    plt.close(figure)
 
 
 def test_frontier_holds_what_nothing_cheaper_reaches():

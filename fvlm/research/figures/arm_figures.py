@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -14,7 +15,15 @@ from fvlm.model.configuration import MODES
 from fvlm.research.figures.arm_plots import plot_arm_modes, plot_dots, plot_families, plot_panels, usual_top
 from fvlm.research.strips import plot_strip
 from fvlm.research.study.records import Drawn, NotDrawn, StudyRecords
-from fvlm.research.study.rows import Spread, StudyRun, accuracy_spread, budget_words, loss_spread, spread
+from fvlm.research.study.rows import (
+    Spread,
+    StudyRun,
+    accuracy_spread,
+    at_largest_budget,
+    budget_words,
+    loss_spread,
+    spread,
+)
 from fvlm.research.style import MODE_NAMES
 from fvlm.research.tables import Table
 
@@ -240,7 +249,8 @@ def draw_attention(number: int) -> Callable[..., Drawn]:
     """A function that draws the `number`-th fixed clip of those with most arms' maps: a row an arm, in its own mode."""
 
     def draw(study: StudyRecords, stem: Path) -> Drawn:
-        first = [next(filter(_maps, seeds), None) for seeds in study.arms().values()]  # of its seeds
+        # of each arm's seeds
+        first = [next(filter(_maps, seeds), None) for seeds in study.arms(at_largest_budget(study.done)).values()]
         mapped = [run for run in first if run is not None]
         if not mapped:
             raise NotDrawn("no run folder beside results.csv has evaluation/maps/*.npz")
@@ -277,12 +287,17 @@ def _shared_clips(runs: Sequence[StudyRun]) -> list[tuple[ClipMaps, list[StudyRu
             own = clip.maps.get(run.mode)
             if own is None:
                 continue
-            label = run.arm if run.arm != run.name else run.kind
+            label = _row_name(run)
             first, owners = found.get(clip.key, (replace(clip, maps={}), []))
             same = len(first.visual_frame) == len(clip.visual_frame) and first.frames.shape == clip.frames.shape
             if same and label not in first.maps and len(owners) < MOST_ROWS:
                 found[clip.key] = replace(first, maps={**first.maps, label: own}), [*owners, run]
     return sorted(found.values(), key=lambda each: (not _asks(each[0]), -len(each[1])))[:MOST_CLIPS]
+
+
+def _row_name(run: StudyRun) -> str:
+    """An arm's name; of a grid's runs, whose names are for files, size and kind."""
+    return run.arm if run.arm != run.name else fill(", ".join(filter(None, (run.text("size"), run.kind))), 16)
 
 
 def _asks(clip: ClipMaps) -> bool:

@@ -24,7 +24,7 @@ from fvlm.research.figures.scaling_plots import (
 )
 from fvlm.research.scaling.fits import Estimate
 from fvlm.research.study.records import Drawn, NotDrawn, StudyRecords
-from fvlm.research.study.rows import StudyRun, accuracy_spread, budget_words, loss_spread
+from fvlm.research.study.rows import StudyRun, accuracy_spread, at_largest_budget, budget_words, budgeted, loss_spread
 
 LOSS = "validation loss, nats a token"
 COMPUTE = "training FLOPs"
@@ -33,7 +33,7 @@ NO_FITS = "no fits.json"
 
 def draw_efficiency(study: StudyRecords, stem: Path) -> Drawn:
     """Accuracy, or loss where there is none, against tokens a frame and FLOPs a sample."""
-    base, arms = study.base_arm(), study.arms(_at_largest_budget(study.done))
+    base, arms = study.base_arm(), study.arms(at_largest_budget(study.done))
     costs = {"tokens": "visual tokens a frame", "flops": "FLOPs a sample, forward and backward"}
     known: dict[str, tuple[dict[str, float], list[StudyRun]]] = {}
     for arm, runs in arms.items():
@@ -65,23 +65,10 @@ def _alike(cost: dict[str, float], run: StudyRun, base_cost: dict[str, float], b
     return run.kind == base[0].kind and all(math.isclose(cost[name], base_cost[name], rel_tol=0.02) for name in cost)
 
 
-def _at_largest_budget(runs: Sequence[StudyRun]) -> list[StudyRun]:
-    """Of a grid, the runs of its largest budget; of other studies all."""
-    grid = [run for run in _budgeted(runs) if math.isfinite(run.number("train_flops"))]
-    if not grid:
-        return list(runs)
-    largest = max(grid, key=lambda run: run.number("train_flops")).text("budget")
-    return [run for run in grid if run.text("budget") == largest]
-
-
-def _budgeted(runs: Sequence[StudyRun]) -> list[StudyRun]:
-    return [run for run in runs if run.text("budget") and run.text("comparison") != "isosample"]
-
-
 def draw_isoflop(study: StudyRecords, stem: Path) -> Drawn:
     """Loss over size, a curve a budget, a panel a kind of model."""
     column = (study.fits or {}).get("size", "parameters")
-    runs = _measured(_budgeted(study.done), column, "budget")
+    runs = _measured(budgeted(study.done), column, "budget")
     panels: dict[str, dict[str, Series]] = {}
     notes = [] if study.fits else [NO_FITS]
     for kind, budgets in _grouped(runs, "budget").items():
@@ -115,7 +102,7 @@ def _parabola(entry: dict[str, Any] | None) -> tuple[Fit | None, tuple[float, fl
 
 def draw_crossover(study: StudyRecords, stem: Path) -> Drawn:
     """The lowest loss of each kind at each budget, and where two kinds change places."""
-    runs = _measured(_budgeted(study.done), "train_flops", "budget")
+    runs = _measured(budgeted(study.done), "train_flops", "budget")
     lines = {kind: _lowest(budgets) for kind, budgets in _grouped(runs, "budget").items()}
     if len(lines) < 2:
         raise NotDrawn(f"results.csv has runs at equal budgets of {len(lines)} kind of model; two are needed")

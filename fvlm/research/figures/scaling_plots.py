@@ -63,7 +63,7 @@ def plot_efficiency(
             costs = [(cost[name], scale * spread.mean) for _, _, cost, spread in points]
             x, y = _frontier(costs, falls)
             axes.step(x, y, where="post", color="0.35", linewidth=1, label="frontier", zorder=1)
-            _log_axis(axes, [cost for cost, _ in costs])
+            _log_axis(axes, "x", [cost for cost, _ in costs])
             axes.set_xlabel(words)
         chances = {spread.chance for *_, spread in points if math.isfinite(spread.chance)}
         if not falls and len(chances) == 1:
@@ -112,10 +112,11 @@ def plot_series(
                 _series(axes, series, names.index(name), name, mark)
             axes.set_title(title, fontsize=9)
             axes.set_xlabel(xlabel)
-            _log_axis(axes, np.concatenate([series.x for series in panel.values()]))
+            _log_axis(axes, "x", np.concatenate([series.x for series in panel.values()]))
             legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         grid[0][0].set_ylabel(ylabel)
-        figure.legend(legend.values(), legend.keys(), loc="outside right upper")
+        labels = sorted(legend, key=lambda label: label == mark)  # which is last
+        figure.legend([legend[label] for label in labels], labels, loc="outside right upper")
         return save_figure(figure, stem)
 
 
@@ -142,7 +143,7 @@ def plot_crossover(
             _series(axes, series, number, label, None)
         if crossing is not None:
             axes.axvline(crossing, color="0.2", linestyle="--", linewidth=1, label=f"they cross at {crossing:.2g}")
-        _log_axis(axes, np.concatenate([series.x for series in lines.values()]))
+        _log_axis(axes, "x", np.concatenate([series.x for series in lines.values()]))
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.legend()
@@ -159,8 +160,8 @@ def plot_allocation(
         for axes, (name, lines) in zip(grid[0], panels.items(), strict=True):
             for number, (label, series) in enumerate(lines.items()):
                 _series(axes, series, number, label, None)
-            _log_axis(axes, np.concatenate([series.x for series in lines.values()]))
-            axes.set_yscale("log")
+            _log_axis(axes, "x", np.concatenate([series.x for series in lines.values()]))
+            _log_axis(axes, "y", np.concatenate([series.y for series in lines.values()]), room=0.06)
             axes.set_xlabel(xlabel)
             axes.set_ylabel(ylabels[name])
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
@@ -182,15 +183,22 @@ def plot_predicted(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], stem: str
         return save_figure(figure, stem)
 
 
-def _log_axis(axes: Axes, values: Sequence[float] | np.ndarray) -> None:
-    """A logarithmic axis whose range has room at both ends; a range within a decade gets its own values as ticks."""
+def _log_axis(axes: Axes, which: str, values: Sequence[float] | np.ndarray, room: float = 0.14) -> None:
+    """A logarithmic x or y axis whose range has space at both ends; a short range gets its own values as ticks.
+
+    Of values that lie closer than `room`, a share of the axis, only the first has its number written.
+    """
     values = np.asarray(sorted(set(values)), float)
-    axes.set_xscale("log")
-    low, high = values[0], values[-1]
-    axes.set_xlim(low / 1.25, high * 1.25)
-    if high / low < 30 and len(values) <= 6:
-        axes.set_xticks(values, [_short(value) for value in values])
-        axes.set_xticks([], minor=True)
+    low, high = values[0] / 1.25, values[-1] * 1.25
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
+    if values[-1] / values[0] < 30:
+        written = [values[0]]
+        for value in values:
+            if np.log(value / written[-1]) >= room * np.log(high / low):
+                written.append(value)
+        axis = getattr(axes, f"{which}axis")
+        axis.set_ticks(written, [_short(value) for value in written])
+        axis.set_ticks(values, [""] * len(values), minor=True)
 
 
 def _short(value: float) -> str:

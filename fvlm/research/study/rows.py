@@ -159,6 +159,20 @@ def budget_words(budget: str) -> str:
         return budget
 
 
+def budgeted(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """Of a grid, the runs that were given a budget, not another run's samples; of other studies none."""
+    return [run for run in runs if run.text("budget") and run.text("comparison") != "isosample"]
+
+
+def at_largest_budget(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """Of a grid, the runs of its largest budget; of other studies all."""
+    grid = [run for run in budgeted(runs) if math.isfinite(run.number("train_flops"))]
+    if not grid:
+        return list(runs)
+    largest = max(grid, key=lambda run: run.number("train_flops")).text("budget")
+    return [run for run in grid if run.text("budget") == largest]
+
+
 def accuracy_spread(runs: Sequence[StudyRun], mode: str | None = None) -> Spread | None:
     """Accuracy of one arm's runs in a mode (None: their own); None where none has it."""
     return spread([run.accuracy(mode) for run in runs], "accuracy")

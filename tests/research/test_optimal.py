@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fvlm.research.scaling.optimal import fit_grid, write_fits
+from fvlm.research.scaling.report import fits_report
 from fvlm.research.study.rows import study_runs
 from fvlm.research.tables import Table
 
@@ -182,6 +183,11 @@ def test_failed_and_unfinished_rows_are_left_out_by_name():
     assert all(made[2]["run"] not in each["runs"] for each in kind["isoflop"])
 
 
+def test_runs_that_are_left_out_for_the_same_reason_share_a_line():
+    found = fit(rows()) | {"left_out": {"a": "not_run", "b": "failed: out of memory", "c": "not_run"}}
+    assert fits_report(found).endswith("- not_run: `a`, `c`\n- failed: out of memory: `b`\n")
+
+
 def test_seeds_tell_the_noise():
     made = [row | {"run": f"{row['run']}-{seed}"} for seed in range(3) for row in rows(noise=0.004, seed=seed)]
     for row in made:
@@ -229,4 +235,4 @@ def test_nothing_done_yet_is_a_report_too(tmp_path):
     found = write_fits(path, tmp_path)
     assert found["kinds"] == {}
     assert found["crossover"] is None
-    assert "`a`: failed: it broke" in (tmp_path / "fits.md").read_text()
+    assert "- failed: it broke: `a`\n" in (tmp_path / "fits.md").read_text()

@@ -20,7 +20,10 @@ def fits_report(found: dict[str, Any]) -> str:
         if crossover["budgets"]:
             lines += ["", *_lowest(crossover)]
     if found["left_out"]:
-        lines += ["", "## Left out", "", *(f"- `{run}`: {reason}" for run, reason in found["left_out"].items())]
+        runs: dict[str, list[str]] = {}
+        for run, reason in found["left_out"].items():
+            runs.setdefault(reason, []).append(f"`{run}`")
+        lines += ["", "## Left out", "", *(f"- {reason}: {', '.join(names)}" for reason, names in runs.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -62,7 +62,8 @@ def plot_efficiency(
                 axes.annotate(arm, at, (4, 3), textcoords="offset points", fontsize=6, color="0.3")
             costs = [(cost[name], scale * spread.mean) for _, _, cost, spread in points]
             x, y = _frontier(costs, falls)
-            axes.step(x, y, where="post", color="0.35", linewidth=1, label="frontier", zorder=1)
+            line = {"where": "post", "color": "0.35", "linewidth": 1, "label": "frontier", "zorder": 1}
+            axes.step([*x, max(costs)[0]], [*y, y[-1]], **line)  # as far as anything costs
             _log_axis(axes, "x", [cost for cost, _ in costs])
             axes.set_xlabel(words)
         chances = {spread.chance for *_, spread in points if math.isfinite(spread.chance)}

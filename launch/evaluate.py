@@ -33,9 +33,10 @@ from fvlm.evaluate.checkpoint import Checkpoint, open_checkpoint
 from fvlm.evaluate.items import Presentation
 from fvlm.evaluate.progress import benchmark_digest, file_digest, resume, set_digest
 from fvlm.evaluate.ranks import gather_over_ranks
-from fvlm.evaluate.suite import MODES, ORDERINGS, TASKS, build_suite
+from fvlm.evaluate.suite import ORDERINGS, TASKS, build_suite
 from fvlm.evaluate.writing import Writer
 from fvlm.model.base import cast_parameters
+from fvlm.model.configuration import MODES
 from fvlm.research.reading import with_interval
 from fvlm.schema import ConfigError
 from fvlm.train.describe import commit, environment, write_json

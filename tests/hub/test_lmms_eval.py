@@ -201,7 +201,7 @@ def test_rounds_go_on_until_the_task_ends_them(harness, written, clip, picture):
 @needs_lmms_eval
 def test_wrong_arguments_are_named(harness):
     for wrong, message in (
-        ({"mode": "sideways"}, "mode=sideways: expected one of coarse_fine"),
+        ({"mode": "sideways"}, "mode=sideways: expected one of coarse_only"),
         ({"max_frames": 0}, "max_frames=0: expected a whole number"),
         ({"fine_iterations": "two"}, "fine_iterations=two"),
         ({"checkpoint": "nowhere"}, "nowhere"),

@@ -222,7 +222,7 @@ def test_a_failed_run_is_a_row_with_its_reason(command, grid_file, tmp_path, cap
     row = table.where(run="m-pooled-C1-s42")
     assert (row.text("status"), row.text("reason")) == (["failed"], ["train: train: out of memory"])
     assert table.text("status").count("done") == 5
-    assert "`m-pooled-C1-s42`: failed: train: train: out of memory" in (out / "fits.md").read_text()
+    assert "failed: train: train: out of memory: `m-pooled-C1-s42`" in (out / "fits.md").read_text()
     assert float(row.text("budget")[0]) == load_grid(str(grid_file))[0].budgets["C1"]
 
 

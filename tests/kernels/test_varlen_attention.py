@@ -102,7 +102,7 @@ def test_equals_brute_force_forward_and_backward(backend, dtype, lengths, tail, 
         assert all(x.grad[sum(lengths) :].abs().sum() == 0 for x in given_)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6), tail=st.integers(1, 4), unused=st.integers(0, 3))
 def test_both_back_ends_agree_on_any_lengths(lengths, tail, unused):
     tensors = inputs(sum(lengths) + tail)
@@ -116,7 +116,7 @@ def test_both_back_ends_agree_on_any_lengths(lengths, tail, unused):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 70), max_size=4),
     tail=st.integers(0, 40),

@@ -49,6 +49,7 @@ def test_triton_trains_as_torch_does(settings, monkeypatch):
     assert [name for name in expected if expected[name] is None] == [name for name in got if got[name] is None]
 
 
+@pytest.mark.slow
 def test_autocast_reaches_the_kernels(monkeypatch):
     exact = losses_and_gradients("torch", monkeypatch)
     plain = losses_and_gradients("torch", monkeypatch, torch.bfloat16)

@@ -98,7 +98,7 @@ sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, "RANK": 
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_ranks_behind_a_launcher_that_passes_nothing_on_are_told_and_save(number, tmp_path):
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     scale = scale_file(tmp_path, {"run": [f"python {tmp_path}/launcher.py $out"]})

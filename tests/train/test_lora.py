@@ -138,8 +138,8 @@ def test_a_plan_counts_the_adapters_alone():
 
 # -- under DeepSpeed ------------------------------------------------------------------------------------------------
 
-FEW = [("lora", 2, False), ("dora", 3, True)]
-MANY = [("lora", 0, False), ("lora", 1, True), ("lora", 3, False), ("dora", 0, True), ("dora", 2, False)]
+FEW = [("dora", 3, True)]
+MANY = [("lora", 1, True), ("lora", 2, False), ("lora", 3, False), ("dora", 0, True), ("dora", 2, False)]
 
 
 def train_settings(kind: str, checkpointing: bool):

@@ -148,6 +148,19 @@ def test_what_seeds_differ_by_is_known_from_the_whole_study(tmp_path):
     assert Deviation.of([[0.4, 0.6], [], [0.5]]) == Deviation(squares=pytest.approx(0.02), freedom=1)
 
 
+def test_a_yes_stands_on_its_surest_comparison_and_a_no_on_all(tmp_path):
+    arms = {"base": [0.5, 0.5], "better": [0.8, 0.8], "also": [0.8], "worse": [0.2, 0.2], "too": [0.2]}
+    plant(tmp_path, arms, n=10**6)
+    better, also, worse, too = (
+        judge(read_study(tmp_path), Comparison(of=arm, against="base"), [HIGHER]) for arm in list(arms)[1:]
+    )
+    assert [each.knows_seeds for each in (better, also, worse, too)] == [True, False, True, False]
+    assert said([better, also]) == "yes"
+    assert said([also]) == "yes, on one seed"
+    assert said([worse]) == "no"
+    assert said([worse, too]) == "no, on one seed"
+
+
 def test_several_ways_to_a_yes_make_each_of_them_harder(tmp_path):
     """62 against 48 of 100 is resolved alone, and not as one of four."""
     plant(tmp_path, {"base": [0.48], "better": [0.62]})

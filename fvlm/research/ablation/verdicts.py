@@ -235,9 +235,10 @@ def answer(verdicts: Iterable[Verdict]) -> str:
 
 
 def said(verdicts: Sequence[Verdict]) -> str:
-    """The answer, and whether it rests on one seed."""
+    """The answer, and whether it rests on one seed: a yes stands on its surest comparison, a no on all of them."""
     found = answer(verdicts) if verdicts else ABSENT
-    alone = found in (YES, NO) and not all(each.knows_seeds for each in verdicts if each.answer == found)
+    enough = {YES: any, NO: all}.get(found)
+    alone = enough and not enough(each.knows_seeds for each in verdicts if each.answer == found)
     return f"{found}, on one seed" if alone else found
 
 

@@ -27,7 +27,7 @@ from fvlm.train.memory import (
     host_memory,
     keeps_gradients,
 )
-from fvlm.train.work_model import ASSUMED_MFU, SAMPLES, TOTAL_SAMPLES, StepTime, step_time
+from fvlm.train.work_model import ASSUMED_MFU, FINE_ITERATIONS, SAMPLES, TOTAL_SAMPLES, StepTime, step_time
 from fvlm.train.zero_config import read_zero_json
 from fvlm.train_config import CheckpointingConfig, LoraConfig
 
@@ -125,9 +125,12 @@ def parameters_of(model: str) -> Parameters:
 
 
 @cache
-def run_dry(model: str, capacities: Capacities, checkpointing: CheckpointingConfig, keep_gradients: bool) -> DryRun:
-    """A dry run in bf16 with the Triton kernels, as on a GPU."""
-    return dry_run(geometry_of(model), capacities, checkpointing=checkpointing, keep_gradients=keep_gradients)
+def run_dry(
+    model: str, stage: str, capacities: Capacities, checkpointing: CheckpointingConfig, keep_gradients: bool
+) -> DryRun:
+    """A dry run in bf16 with the Triton kernels, as on a GPU, of the stage's longest step."""
+    call = {"checkpointing": checkpointing, "keep_gradients": keep_gradients}
+    return dry_run(geometry_of(model), capacities, **call, fine_iterations=max(FINE_ITERATIONS[stage]))
 
 
 def components(dry: DryRun, engine: EngineMemory, ranks: int) -> dict[str, float]:
@@ -222,7 +225,7 @@ def evaluate(
     """Memory and time of one configuration."""
     parameters = parameters_of(request.model)
     engine = engine_memory(parameters, zero, request.ranks, "bf16")
-    dry = run_dry(request.model, capacities, checkpointing, keeps_gradients(zero, "bf16"))
+    dry = run_dry(request.model, request.stage, capacities, checkpointing, keeps_gradients(zero, "bf16"))
     time = _time(request, zero, checkpointing, capacities.tokens, dry.num_ops)
     return Choice(
         zero=name,
@@ -249,13 +252,14 @@ def _time(
         checkpointing=checkpointing,
         num_ops=num_ops,
         mfu=request.mfu or ASSUMED_MFU[request.model],
+        fine_iterations=FINE_ITERATIONS[request.stage],
     )
 
 
 def _estimate(model: str, stage: str, checkpointing: CheckpointingConfig, tokens: int) -> tuple[float, int]:
     """Bytes of a micro-batch, about, and its operations: from two dry runs, by a line through them."""
     sample = SAMPLES[stage]
-    low, high = (run_dry(model, capacities_for(sample, t), checkpointing, False) for t in MEASURED_AT)
+    low, high = (run_dry(model, stage, capacities_for(sample, t), checkpointing, False) for t in MEASURED_AT)
     slope = (high.total - low.total) / (MEASURED_AT[1] - MEASURED_AT[0])
     return max(0.0, low.total + slope * (tokens - MEASURED_AT[0])), high.num_ops
 

@@ -6,7 +6,7 @@ measured replaces it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ SAMPLES = {
     # a still looked at 8 times, question and two answers of about 100 tokens: a pair is one sample here
     "dpo": Sample(frames=1, visual=16, tokens=330, coarse=40, labels=200),
 }
+# As launch/configs has them. With a second one in every other step a model keeps frame by frame what it learned in two
+# passes (docs/results).
+FINE_ITERATIONS = {"stage1": (1,), "stage2": (1, 2), "dpo": (1,)}
 TOTAL_SAMPLES = {"stage1": 1_000_000, "stage2": 1_000_000, "dpo": 83_000}
 
 
@@ -76,10 +79,12 @@ def step_time(
     checkpointing: CheckpointingConfig,
     num_ops: int,
     mfu: float,
+    fine_iterations: Sequence[int] = (1,),
 ) -> StepTime:
-    """Time of a step of `micro_batches` packs of `tokens` rows on each rank."""
+    """Mean time of a step of `micro_batches` packs of `tokens` rows on each rank, fine iterations taken in turn."""
     samples = FILL * tokens / sample.tokens
-    flops = flops_per_sample(geometry, sample, recompute=(checkpointing.encoder, checkpointing.llm))
+    recompute = (checkpointing.encoder, checkpointing.llm)
+    flops = flops_per_sample(geometry, sample, fine_iterations=fine_iterations, recompute=recompute)
     busy = samples * flops.executed / (gpu.peak * mfu)
     compute = micro_batches * max(busy, num_ops * LAUNCH_SECONDS)
     offloaded = zero.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"

@@ -31,9 +31,10 @@ DESCRIPTION = """Train on drawn samples of a stage's mix with the product's own 
 baseline: same weights, same samples step for step, losses compared at every step, in turns in one process.
 
 The headline is the baseline's seconds over the product's, median over the turns; times include loading. The product
-runs as the stage's configuration says (launch/configs), with random weights of the published geometry and the built-in
-tokenizer: nothing is downloaded. --ladder goes from one to the other instead, change by change: variants of the
-baseline, then the product with its settings one after the other; what cannot run here is listed with the reason.
+runs as the stage's configuration says (launch/configs), but with one fine iteration at every step as the baseline has,
+with random weights of the published geometry and the built-in tokenizer: nothing is downloaded. --ladder goes from one
+to the other instead, change by change: variants of the baseline, then the product with its settings one after the
+other; what cannot run here is listed with the reason.
 
 On a CPU packs are small (--tokens 2048, one a step) and nothing is loaded ahead. On a GPU they are the stage's own,
 and the baseline gets the fastest batch size of 8, 16 and 32.
@@ -49,6 +50,8 @@ examples:
 writes benchmarks/results/throughput[-ladder]-<model>-<mix>-<machine>.json, and a plot of the ladder beside it
 """
 MODULE = "benchmarks.throughput"
+ONE_LOOK = "train.fine_iterations=[1]"
+"""The baseline looks once, and steps of a turn are to be alike: a stage's further iterations are left out of both."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--together {asked.together}: expected at least 2, each rung is compared with another")
     asked.turn = min(asked.turn, asked.steps)
     tokens = [f"data.tokens={asked.tokens}"] if asked.tokens else []
-    asked.overrides = [*default.overrides, *tokens, *asked.overrides]
+    asked.overrides = [ONE_LOOK, *default.overrides, *tokens, *asked.overrides]
     return asked
 
 

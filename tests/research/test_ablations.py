@@ -65,9 +65,19 @@ CHANGES = {
     "N_first": {"data.mixture.narrated": 0.0, "train.total_samples": 20000},
     "N_second": {"train.total_samples": 20000},
     "N_both": {"train.total_samples": 20000},
+    "G_first": {"data.mixture.narrated": 0.0, "train.fine_iterations": [1, 2], "train.total_samples": 20000},
 }
-STARTS = {"F1": "P", "F2": "P", "F3_P": "P", "G_late": "H", "N_first": "H", "N_second": "H_0", "N_both": "H"}
-CLIPS_ALONE = {"B1_batch", "N_first", "N_second", "N_both"}
+STARTS = {
+    "F1": "P",
+    "F2": "P",
+    "F3_P": "P",
+    "G_late": "H",
+    "N_first": "H",
+    "N_second": "H_0",
+    "N_both": "H",
+    "G_first": "H",
+}
+CLIPS_ALONE = {"B1_batch", "N_first", "N_second", "N_both", "G_first"}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +111,7 @@ def test_all_of_the_list_and_each_arm_only_what_it_says(matrix, base_135m, tmp_p
     assert set(matrix.arms) == set(CHANGES)
     assert "A7" in matrix.questions  # a comparison of runs that are there
     assert plan.same_as == {"F3_P": "F3", "N_0": "F3"}
-    assert set(plan.left_out) == {"P", "B1_batch", "N_stage"}
+    assert set(plan.left_out) == {"P", "B1_batch", "N_stage", "G_first"}
     configs = write_plan(plan.runs, base_135m, tmp_path)
     assert {run.labels["arm"] for run in plan.runs} == {"H", *CHANGES} - {*plan.same_as, *CLIPS_ALONE}
     late = {"init_from": str(OUT / "H-s0"), "train.total_samples": base_135m.train.total_samples // 4}
@@ -153,7 +163,7 @@ def test_all_arms_see_the_same_samples_but_those_that_are_marked(matrix, study, 
     table = draw_table(1500, sources)
     plan = plan_ablations(matrix, study, OUT)
     configs = write_plan(plan.runs, study, tmp_path)
-    assert plan.other_samples == {"D1", "G_late", "N_first", "N_second", "N_both"}  # fewer
+    assert plan.other_samples == {"D1", "G_late", "N_first", "N_second", "N_both", "G_first"}  # fewer
     first = SampleOrder(table, mixture(study), 0).take(0, 1200)[0]
     windows = {}
     for run in plan.runs:

@@ -155,6 +155,7 @@ def test_two_runs_into_one_folder(whole, tmp_path, capsys):
     assert contents(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_a_full_disk(whole, tmp_path):
     """On a file system that is too small, then made larger."""
     manifest, expected = whole

@@ -40,6 +40,7 @@ def test_texts_that_trip_the_tools_are_scored_and_keep_their_places():
     assert found["cider_low"] <= found["cider"] <= found["cider_high"]
 
 
+@pytest.mark.slow
 @needs_java
 def test_one_caption_for_everything_is_flagged():
     found = caption_figures(["a video"] * 10, [[f"clip {n} of things"] for n in range(10)])

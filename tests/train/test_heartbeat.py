@@ -89,6 +89,7 @@ def test_a_stopped_process_ends_the_others(stopped):
     assert f"rank {stopped} was not heard of for" in printed or f"rank {stopped}, which holds" in printed
 
 
+@pytest.mark.slow
 def test_a_long_evaluation_is_no_silence():
     processes = start("evaluates")
     assert [(code, error) for code, error in end(processes, 60) if code] == []

@@ -140,6 +140,7 @@ def test_a_prediction_that_was_too_low_is_corrected_by_what_was_seen(monkeypatch
         preflight(engine, settings(True), SMALL, zero)
 
 
+@pytest.mark.slow
 def test_the_real_prediction_gives_smaller_capacities(monkeypatch):
     engine, zero = OutOfRoom(), read_zero_json("zero2")[0]
     _, whole = module.capacities_that_fit(engine, settings(True), SMALL, zero, 1e12)

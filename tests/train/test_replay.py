@@ -99,7 +99,7 @@ def test_the_command_shows_and_saves(shards, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--step", "3"], "replay: '/nowhere/config.yaml': no such file"),
+        pytest.param(["--step", "3"], "replay: '/nowhere/config.yaml': no such file", marks=pytest.mark.slow),
         (["--step", "0"], "replay: --step 0: expected 1"),
     ],
 )
@@ -109,6 +109,7 @@ def test_what_cannot_be_replayed_is_said(options, expected):
     assert expected in printed
 
 
+@pytest.mark.slow
 def test_help_shows_an_example():
     code, printed = command("--help")
     assert code == 0

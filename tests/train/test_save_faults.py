@@ -230,6 +230,7 @@ def test_a_run_outlives_a_full_disk(shards, tmp_path):
     assert json.loads((last / "state.json").read_text())["failed_saves"] == printed.count("was not saved")
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_save_at_its_end_has_failed_and_can_go_on(shards, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     command = arguments(shards, out, *OVERRIDES)

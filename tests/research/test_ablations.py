@@ -111,7 +111,7 @@ def test_all_of_the_list_and_each_arm_only_what_it_says(matrix, base_135m, tmp_p
     assert set(matrix.arms) == set(CHANGES)
     assert "A7" in matrix.questions  # a comparison of runs that are there
     assert plan.same_as == {"F3_P": "F3", "N_0": "F3"}
-    assert set(plan.left_out) == {"P", "B1_batch", "N_stage", "G_first"}
+    assert set(plan.left_out) == {"P", "B1_batch", "N_stage", "N_later", "G_first"}
     configs = write_plan(plan.runs, base_135m, tmp_path)
     assert {run.labels["arm"] for run in plan.runs} == {"H", *CHANGES} - {*plan.same_as, *CLIPS_ALONE}
     late = {"init_from": str(OUT / "H-s0"), "train.total_samples": base_135m.train.total_samples // 4}

@@ -72,6 +72,7 @@ def test_wrong_usage(arguments, capsys):
     assert "expected" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tiny_run_compares_and_says_what_was_left_out(tmp_path, capfd):
     """Without MosaicML Streaming, which the test's own Python need not have."""
     no_streaming = tmp_path / "python"

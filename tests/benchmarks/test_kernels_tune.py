@@ -71,6 +71,7 @@ def test_a_later_search_keeps_what_it_did_not_search(table_of_a_gpu):
     }
 
 
+@pytest.mark.slow
 def test_rehearsed_search_writes_a_table_of_candidates(tmp_path, monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

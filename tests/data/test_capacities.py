@@ -59,7 +59,14 @@ def test_balanced_frames_are_the_best_of_all():
     assert slack(_balanced_frames(needed, 16384)) == pytest.approx(slack(best))
 
 
-@pytest.mark.parametrize("mixture", [MIXTURE, Mixture(), Mixture(question_first=0.5, narrated=0.5)])
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        MIXTURE,
+        pytest.param(Mixture(), marks=pytest.mark.slow),
+        pytest.param(Mixture(question_first=0.5, narrated=0.5), marks=pytest.mark.slow),
+    ],
+)
 def test_proposed_packs_are_full(mixture):
     """Measured here over the whole epoch, in another order than the one they are proposed from."""
     table = draw_table(60_000)

@@ -90,7 +90,7 @@ def test_equals_brute_force_forward_and_backward(backend, rows_at_once, dtype, r
     check_against_brute_force(hidden / width**0.5, weight, labels, dtype)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     labelled=st.lists(st.booleans(), max_size=70),
     width=st.integers(1, 50),

@@ -90,7 +90,7 @@ def test_gradients_flow_from_logsumexp_and_entropy_too(backend, monkeypatch):
     check_against(brute_force, tensors, frame, torch.float32, upstream_of=(2,))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 19), min_size=1, max_size=5),
     num_keys=st.integers(1, 70),

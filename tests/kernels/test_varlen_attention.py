@@ -102,7 +102,7 @@ def test_equals_brute_force_forward_and_backward(backend, dtype, lengths, tail, 
         assert all(x.grad[sum(lengths) :].abs().sum() == 0 for x in given_)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6), tail=st.integers(1, 4), unused=st.integers(0, 3))
 def test_both_back_ends_agree_on_any_lengths(lengths, tail, unused):
     tensors = inputs(sum(lengths) + tail)
@@ -159,6 +159,7 @@ def test_heads_beyond_the_tiles_are_refused(triton):
         varlen_attention(*leaves(3, width=136), bounds([3]).to(device_for_triton()), 3)
 
 
+@pytest.mark.slow
 def test_hundreds_of_samples(monkeypatch):
     """Most of them empty, at the start, between others and at the end."""
     lengths = [0] * 90 + [1, 0, 2, 20] * 3 + [0] * 150 + [17]

@@ -168,16 +168,16 @@ def test_the_dry_run_counts_all_that_is_trained_without_the_data(name, tmp_path,
 
 def test_operations_of_a_run_and_of_ablations(tmp_path):
     sample = StatedSample(frames=5, text_tokens=40, labels=10)
-    one = ["python", "launch/train.py", "--config", "speedrun_stage1", f"data.train=[{tmp_path}]"]
-    config = load_config("speedrun_stage1")
+    one = ["python", "launch/train.py", "--config", "demo", f"data.train=[{tmp_path}]"]
+    config = load_config("demo")
     model = geometry(config.model, len(load_tokenizer("tiny")))
     shape = Sample.video_first(model, frames=5, text_tokens=40, labels=10)
     each = flops_per_sample(model, shape, mode="coarse_fine", fine_iterations=(1, 2)).training
-    assert command_flops(one, sample) == pytest.approx(each * 12000, rel=1e-9)
-    arms = ["python", "launch/ablate.py", "--base", "speedrun_stage1", f"data.train=[{tmp_path}]", "--only", "F3", "A6"]
+    assert command_flops(one, sample) == pytest.approx(each * 28000, rel=1e-9)
+    arms = ["python", "launch/ablate.py", "--base", "demo", f"data.train=[{tmp_path}]", "--only", "F3", "A6"]
     cheap = flops_per_sample(model, shape, mode="coarse_only", fine_iterations=(1, 2)).training
-    assert command_flops(arms, sample) == pytest.approx((each + cheap) * 12000, rel=1e-9)
-    assert command_flops([*arms, "--seeds", "0", "1"], sample) == pytest.approx(2 * (each + cheap) * 12000, rel=1e-9)
+    assert command_flops(arms, sample) == pytest.approx((each + cheap) * 28000, rel=1e-9)
+    assert command_flops([*arms, "--seeds", "0", "1"], sample) == pytest.approx(2 * (each + cheap) * 28000, rel=1e-9)
     assert command_flops(["python", "launch/report.py", "x"], sample) == 0
     with pytest.raises(ConfigError):
         command_flops(one, None)

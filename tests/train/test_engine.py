@@ -189,9 +189,11 @@ def masters(engine: Engine) -> list[torch.Tensor]:
     return [p for group in engine._engine.basic_optimizer.param_groups for p in group["params"]]
 
 
-def test_bf16_keeps_fp32_masters_that_a_rate_of_1e6_moves():
+@pytest.mark.parametrize("zeros", [["zero2"], pytest.param(["zero0", "zero1"], marks=pytest.mark.slow)])
+def test_bf16_keeps_fp32_masters_that_a_rate_of_1e6_moves(zeros):
     """A hundred steps at 1e-6 move a weight by about 1e-4; in bf16 most weights would not move at all."""
-    for by_zero in run_ranks(run_bf16, 2, ["zero0", "zero1", "zero2"], Path()):
+    for by_zero in run_ranks(run_bf16, 2, zeros, Path()):
+        assert len(by_zero) == len(zeros)
         for dtype, moved in by_zero:
             assert dtype == "bf16"
             assert 2e-5 < moved < 2e-4

@@ -121,12 +121,18 @@ def guard_lines(out: Path) -> list[dict]:
 # -- skip and stop --------------------------------------------------------------------------------------------------
 
 
-def run_skip_and_stop(world: World, shards: Path, out: Path) -> dict:
+def run_skip(world: World, shards: Path, out: Path) -> dict:
     found = {}
     for where in ("frame", "gradient", "loss"):
         broken = Broken(world, where)
         found[where] = (broken.train(configure(shards, out / where)), broken.suspect)
-    found["stop"] = Broken(world, "frame").train(configure(shards, out / "stop", "train.guard.policy=stop"))
+    return found
+
+
+def run_stop(world: World, shards: Path, out: Path) -> dict:
+    broken, found = Broken(world, "frame"), {}
+    found["stop"] = broken.train(configure(shards, out / "stop", "train.guard.policy=stop"))
+    found["suspect"] = broken.suspect
     found["stopped at"] = step_records(out / "stop")[-1]["step"]
     found["resumed"] = Broken(world, "frame").train(configure(shards, out / "stop"))
     limit = "train.guard.max_skips=2"
@@ -137,7 +143,7 @@ def run_skip_and_stop(world: World, shards: Path, out: Path) -> dict:
 @pytest.fixture(scope="module")
 def skipped(shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("skipped")
-    return out, run_ranks(run_skip_and_stop, 2, shards, out)
+    return out, run_ranks(run_skip, 2, shards, out)
 
 
 @pytest.mark.parametrize("where", ["frame", "gradient", "loss"])
@@ -163,21 +169,32 @@ def test_skip_leaves_out_the_step_and_says_whose_samples_were_in_it(skipped, whe
 def test_whatever_broke_the_step_the_rest_of_the_run_is_the_same(skipped):
     expected = final_weights(skipped[0] / "frame")
     assert all(value.isfinite().all() for value in expected.values())
-    for where in ("gradient", "loss", "stop"):
+    for where in ("gradient", "loss"):
         for name, value in final_weights(skipped[0] / where).items():
             assert torch.equal(value, expected[name]), (where, name)
 
 
-def test_stop_stops_all_ranks_and_another_policy_goes_on_from_the_checkpoint(skipped):
-    (first, second), suspect = skipped[1], skipped[1][1]["frame"][1]
+@pytest.fixture(scope="module")
+def stopped(shards, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stopped")
+    return out, run_ranks(run_stop, 2, shards, out)
+
+
+@pytest.mark.slow
+def test_stop_stops_all_ranks_and_another_policy_goes_on_from_the_checkpoint(skipped, stopped):
+    first, second = stopped[1]
+    suspect = second["suspect"]
     assert first["stop"] == second["stop"]
     assert first["stop"].startswith(f"step {BROKEN}: loss is nan; samples: rank 1: {suspect}. The weights were not")
     assert first["stopped at"] == BROKEN - 1
     assert first["resumed"] == ""
+    expected = final_weights(skipped[0] / "frame")
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(stopped[0] / "stop").items())
 
 
-def test_too_many_in_a_row_stop_the_run(skipped):
-    for found in skipped[1]:
+@pytest.mark.slow
+def test_too_many_in_a_row_stop_the_run(stopped):
+    for found in stopped[1]:
         assert found["too many"].startswith(f"step {BROKEN + 1}: loss is nan")
         assert "2 steps in a row without an update (train.guard.max_skips)" in found["too many"]
 

@@ -133,6 +133,7 @@ def test_fifty_kills_change_nothing(shards, undisturbed, tmp_path):
     assert interrupted >= 10
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(shards, undisturbed, tmp_path):
     out = tmp_path / "run"
     first = start(arguments(shards, out, *OVERRIDES), 2, tmp_path / "first.log")

@@ -47,7 +47,8 @@ def last_worker(pid: int) -> int:
     return max(found)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # below: at every step of every file
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_and_run_again(whole, tmp_path, seed):
     manifest, expected = whole
     rng, finished = random.Random(seed), {}

@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from fvlm.research.reading import reading
 from fvlm.research.records import read_run
 from fvlm.research.report import Figures, write_report
+from launch.report import main
 
 
 @pytest.fixture
@@ -156,13 +156,10 @@ def test_degenerate_results_are_shown(make_run, without_figures):
     assert "always answers ring (coarse→fine)" in write_report(run, run / "report.md").read_text()
 
 
-def test_command_line(make_run, repo_root, tmp_path):
-    def launch(folder: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(repo_root / "launch" / "report.py"), str(folder)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-
+def test_command_line(make_run, repo_root, tmp_path, capsys):
     run = make_run("demo")
-    done = launch(run)
+    command = [sys.executable, str(repo_root / "launch" / "report.py"), str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, (run / "report.md").is_file()) == (0, True), done.stderr
-    gone = launch(Path("no/such/run"))
-    assert (gone.returncode, gone.stderr.strip()) == (1, "report: no/such/run: no such run folder")
+    assert main(["no/such/run"]) == 1
+    assert capsys.readouterr().err.strip() == "report: no/such/run: no such run folder"

@@ -77,7 +77,8 @@ def test_a_rank_that_stands_still_is_named_by_every_rank_and_all_end():
     assert "time.sleep" in ranks[1][1] or '"<string>", line 13' in ranks[1][1]  # where it slept
 
 
-@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_ends_the_others(stopped):
     processes = start("goes on")
     wait_for(processes[stopped], "step 5")

@@ -6,6 +6,7 @@ import gc
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -193,10 +194,10 @@ def floats(beside: set[int]) -> int:
     return sum(size for key, size in storages.items() if key not in beside)
 
 
-RARE = [pytest.param(*case, marks=pytest.mark.slow) for case in [("zero1", "bf16"), ("zero2", "fp32")]]
+RARE = [pytest.param(*each, marks=pytest.mark.slow) for each in product(["zero1", "zero2"], DTYPES)]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("zero2", "bf16"), ("zero3", "bf16"), *RARE])
+@pytest.mark.parametrize(("name", "dtype"), [("zero3", "bf16"), *RARE])
 def test_weights_gradients_and_optimizer_are_deepspeeds(name, dtype):
     parameters = count_parameters(meta_model(tiny_config(VOCABULARY), torch.float32))
     expected = engine_memory(parameters, read_zero_json(name)[0], 2, dtype)
@@ -293,7 +294,6 @@ def test_a_choice_fits_and_less_memory_costs_speed(tiny_as_a_model):
     tight = planner.propose(request(limit=0.8 * free.total / GIB))
     assert tight.total <= 0.8 * free.total
     assert (tight.zero, tight.checkpointing, tight.capacities.tokens) != (free.zero, NONE, 1024)
-    assert planner.propose(request(limit=1e-4)) is None
 
 
 def test_what_the_machines_own_memory_cannot_hold_is_not_proposed(tiny_as_a_model):

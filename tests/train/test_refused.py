@@ -98,7 +98,8 @@ sys.exit(launch.train.main())
 """
 
 
-@pytest.mark.parametrize("error", ["ValueError", pytest.param("KeyError", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["ValueError", "KeyError"])
 def test_scores_that_cannot_be_are_said_and_bugs_keep_their_traceback(shards, tmp_path, error):
     short = ["train.total_samples=20", "train.eval_every=1"]
     command = ["train.py", *arguments(shards, tmp_path, *short)]

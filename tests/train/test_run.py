@@ -155,6 +155,7 @@ def test_a_run_starts_from_the_best_of_another(shards, two_ranks, tmp_path):
     assert step_records(out)[0]["train_loss"] < 1.5 * last
 
 
+@pytest.mark.slow
 def test_the_deepspeed_launcher_runs_it(shards, tmp_path):
     """`deepspeed` adds --local_rank and reports the ranks' exit code."""
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))

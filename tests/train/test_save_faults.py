@@ -218,6 +218,7 @@ def limited(processes: list, out: Path, log: Path, lift: bool) -> list[int | Non
 OVERRIDES = ["train.total_samples=160", "train.checkpoint_every=4", "train.eval_every=0"]
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_full_disk(shards, tmp_path):
     """The checkpoint of step 4 fails; a later one does not."""
     out, log = tmp_path / "run", tmp_path / "log"

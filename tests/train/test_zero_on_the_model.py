@@ -66,9 +66,10 @@ def run_engine(world: World, stage: int, checkpointing: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(
-    ("stage", "ranks", "checkpointing"), [(0, 2, False), (1, 2, True), (2, 2, False), (3, 2, True)]
-)
+RARE = [pytest.param(0, 2, False, marks=pytest.mark.slow), pytest.param(1, 2, True, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("stage", "ranks", "checkpointing"), [*RARE, (2, 2, False), (3, 2, True)])
 def test_loss_curve_is_plain_torchs(stage, ranks, checkpointing):
     for losses in run_ranks(run_engine, ranks, stage, checkpointing):
         assert losses == pytest.approx(plain(), rel=1e-5)

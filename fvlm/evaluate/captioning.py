@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def caption_figures(
     Raises:
         ConfigError: no pycocoevalcap or no Java.
         ValueError: no clips, or a clip without a reference.
-        RuntimeError: the tokenizer failed; with what it said.
+        RuntimeError: the tokenizer or METEOR failed; with what it said.
     """
     if not captions or len(captions) != len(references) or not all(references):
         raise ValueError(
@@ -63,14 +64,12 @@ def caption_figures(
     require_caption_metrics()
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
 
     said = [_one_line(text) for text in captions]
     hypotheses = _nothing_left(_tokenized([[text] for text in said]))
     truths = _tokenized([[_one_line(text) for text in texts] for texts in references])
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints its lengths
         _, by_clip = Cider().compute_score(truths, hypotheses)
-        meteor = Meteor()  # a process that serves any number of sets
 
         def figures(clips: Sequence[int]) -> dict[str, Any]:
             chosen = [{at: texts[clip] for at, clip in enumerate(clips)} for texts in (truths, hypotheses)]
@@ -79,7 +78,7 @@ def caption_figures(
             return {
                 "cider": sum(cider) / len(cider), "cider_low": low, "cider_high": high,
                 "bleu_4": float(Bleu(4).compute_score(*chosen)[0][3]),
-                "meteor": float(meteor.compute_score(*chosen)[0]),
+                "meteor": _meteor_score(*chosen),
                 "n": len(clips), "empty": sum(not said[clip] for clip in clips),
                 "flags": _flags([said[clip] for clip in clips]),
             }  # fmt: skip
@@ -121,6 +120,29 @@ def _tokenized(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
         )
     words = (" ".join(word for word in line.split() if word not in ptb.PUNCTUATIONS) for line in found)
     return {clip: [next(words) for _ in each] for clip, each in enumerate(texts)}
+
+
+@cache
+def _meteor() -> Any:
+    """The package's METEOR, a process that serves any number of sets and lives as long as this one.
+
+    It reads its tables for seconds before it answers first: an evaluation in three modes starts it once.
+    """
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return Meteor()
+
+
+def _meteor_score(truths: Mapping[int, list[str]], hypotheses: Mapping[int, list[str]]) -> float:
+    meteor = _meteor()
+    try:
+        return float(meteor.compute_score(truths, hypotheses)[0])
+    except (OSError, ValueError) as error:  # it reads an answer that is not there as an empty one
+        _meteor.cache_clear()
+        meteor.lock.release()  # which the package took and leaves taken: its end would wait for it
+        meteor.meteor_p.kill()
+        said = meteor.meteor_p.communicate()[1].decode(errors="replace").strip()
+        raise RuntimeError(f"METEOR's process ended, exit code {meteor.meteor_p.returncode}: {said}") from error
 
 
 def _nothing_left(tokenized: Mapping[int, list[str]]) -> dict[int, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 
 import pytest
 
@@ -70,6 +71,18 @@ def test_a_tokenizer_that_fails_is_said(tmp_path, monkeypatch):
         java.write_text(f"#!/bin/sh\n{script}\n")
         java.chmod(0o755)
         with pytest.raises(RuntimeError, match=said):
+            caption_figures(["x", "y"], [["y"], ["z"]])
+
+
+def test_a_meteor_that_ends_is_said_every_time_and_nothing_waits_for_it(tmp_path, monkeypatch):
+    pytest.importorskip("pycocoevalcap", reason="no pycocoevalcap: pip install -e '.[eval]'")
+    monkeypatch.setattr(captioning, "_meteor", cache(captioning._meteor.__wrapped__))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    java = tmp_path / "java"
+    java.write_text('#!/bin/sh\n[ "$1" = -jar ] && echo no room >&2 && exit 3\nfor file; do :; done; cat "$file"\n')
+    java.chmod(0o755)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="METEOR's process ended, exit code 3: no room"):
             caption_figures(["x", "y"], [["y"], ["z"]])
 
 

@@ -28,6 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder (its best), checkpoint, model folder, hf:name")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--replace", action="store_true", help="let an export that lies at --out give way")
     parser.add_argument("--name", help="title of the model card; default: the name of --out")
     parser.add_argument("--tokenizer", help="tiny, a Hugging Face id or a folder; default: the run's")
     parser.add_argument("--licence", help="of the weights, as the Hub abbreviates it, such as apache-2.0")
@@ -48,7 +49,7 @@ def export(args: argparse.Namespace) -> None:
         looks=processor.looks,
         max_frames=processor.max_frames,
     )
-    write_folder(args.out, opened.model, processor, card, args.dtype)
+    write_folder(args.out, opened.model, processor, card, args.dtype, args.replace)
     print(f"export: {opened.checkpoint.weights} as {args.out}")
     if records is None:
         print("export: no run beside these weights, so the model card has no figures")

@@ -20,16 +20,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def write_folder(
-    out: Path, model: FoveatedVLM | MultiTokenVLM, processor: FoveatedProcessor, card: str, dtype: str = "fp32"
+    out: Path,
+    model: FoveatedVLM | MultiTokenVLM,
+    processor: FoveatedProcessor,
+    card: str,
+    dtype: str = "fp32",
+    replace: bool = False,
 ) -> Path:
     """Write everything that `AutoModel` and `AutoProcessor` need into a new folder; returns `out`.
 
-    The folder gets its name when all of it is there. `model` is changed to `dtype`.
+    The folder gets its name when all of it is there. `model` is changed to `dtype`. With `replace`, an export that lies
+    there gives way to it.
 
-    Raises ConfigError where `out` exists, and OSError.
+    Raises ConfigError where `out` exists (with `replace`: and holds what an export does not), and OSError.
     """
-    if out.exists():
-        raise ConfigError(f"--out {out}: exists already; choose another folder, or remove this one")
+    if out.exists() and not replace:
+        raise ConfigError(f"--out {out}: exists already; choose another folder, remove this one, or add --replace")
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():  # left by an export that was ended
         shutil.rmtree(partial)
@@ -45,11 +51,20 @@ def write_folder(
         for name, text in flatten().items():
             (partial / name).write_text(text, encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        if out.exists():
+            _make_way(out, {path.name for path in partial.iterdir()})
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
+
+
+def _make_way(out: Path, written: set[str]) -> None:
+    """Remove the folder, unless that would remove more than what is written anew."""
+    if others := sorted({path.name for path in out.iterdir()} - written):
+        raise ConfigError(f"--out {out}: --replace replaces an export, but no export writes {', '.join(others)}")
+    shutil.rmtree(out)
 
 
 def _describe(model: FoveatedVLM | MultiTokenVLM, dtype: str) -> None:

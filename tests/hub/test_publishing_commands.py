@@ -173,11 +173,25 @@ def test_the_control_is_exported_under_its_own_class(tokenizer, clip, tmp_path):
     assert describe([str(clip), "--model", str(tmp_path / "out"), "--new-tokens", "2", "--device", "cpu"]) == 0
 
 
+def test_an_export_gives_way_where_that_is_asked_for(run, tmp_path):
+    out = tmp_path / "out"
+    assert export(["--checkpoint", str(run), "--out", str(out), "--name", "first"]) == 0
+    (out / "model.safetensors").unlink()
+    assert export(["--checkpoint", str(run), "--out", str(out), "--name", "second", "--replace"]) == 0
+    assert (out / "model.safetensors").is_file()
+    assert "second" in (out / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "runs"}
+
+
 def test_nothing_is_overwritten_and_nothing_half_is_left(run, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     assert export(["--checkpoint", str(run), "--out", str(out)]) == 2
     assert f"export: --out {out}: exists already" in capsys.readouterr().err
+    (out / "notes.txt").touch()
+    assert export(["--checkpoint", str(run), "--out", str(out), "--replace"]) == 2
+    assert "no export writes notes.txt" in capsys.readouterr().err
+    (out / "notes.txt").unlink()
     out.rmdir()
     monkeypatch.setattr("fvlm.hub.export.flatten", lambda: {"missing/folder.py": "text"})
     assert export(["--checkpoint", str(run), "--out", str(out)]) == 1

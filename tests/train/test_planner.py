@@ -294,6 +294,7 @@ def test_a_choice_fits_and_less_memory_costs_speed(tiny_as_a_model):
     tight = planner.propose(request(limit=0.8 * free.total / GIB))
     assert tight.total <= 0.8 * free.total
     assert (tight.zero, tight.checkpointing, tight.capacities.tokens) != (free.zero, NONE, 1024)
+    assert planner.propose(request(limit=1e-4)) is None
 
 
 def test_what_the_machines_own_memory_cannot_hold_is_not_proposed(tiny_as_a_model):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -53,6 +55,11 @@ def plant(out: Path, accuracies: dict[str, list[float]], n: int = 100, failed: d
             csv.writer(file).writerows([head, *body])
 
 
+def exactly(values: Sequence[float]) -> Measured:
+    """Runs whose questions leave no doubt."""
+    return Measured(values=tuple(values), lows=tuple(values), highs=tuple(values))
+
+
 def test_the_interval_of_a_difference_is_newcombes():
     """His own example: 56 of 70 against 48 of 80 gives 0.2000, from 0.0524 to 0.3339 (Statistics in Medicine, 1998)."""
     sides = []
@@ -72,12 +79,41 @@ def test_the_interval_of_a_difference_is_newcombes():
 
 def test_seeds_add_students_interval():
     """Exact measurements of (1, 2, 3) and (2, 4, 6): pooled s² = 2.5, t(4) = 2.776."""
-    one, other = (Measured(values=v, lows=v, highs=v) for v in ((1.0, 2.0, 3.0), (2.0, 4.0, 6.0)))
+    one, other = exactly((1.0, 2.0, 3.0)), exactly((2.0, 4.0, 6.0))
     gain, low, high = improvement(other, one, "higher")
     half = 2.776445 * math.sqrt(2.5 * (1 / 3 + 1 / 3))
     assert (gain, low, high) == (2.0, pytest.approx(2 - half), pytest.approx(2 + half))
     alone = Measured(values=(5.0,), lows=(4.0,), highs=(6.0,))
     assert improvement(alone, alone, "higher") == (0, pytest.approx(-math.sqrt(2)), pytest.approx(math.sqrt(2)))
+
+
+def test_arms_that_vary_more_than_the_others_have_wider_intervals():
+    """Their own s² = 2.5 instead of the study's 1.25, with t(8) = 2.306 of all that were repeated."""
+    one, other, calm = (exactly(v) for v in ((1.0, 2.0, 3.0), (2.0, 4.0, 6.0), (1.0, 1.0, 1.0, 1.0, 1.0)))
+    all_arms = Deviation.of(arm.values for arm in (one, other, calm))
+    half = 2.306004 * math.sqrt(2.5 * (1 / 3 + 1 / 3))
+    assert improvement(other, one, "higher", all_arms) == (2.0, pytest.approx(2 - half), pytest.approx(2 + half))
+    half = 2.306004 * math.sqrt(1.25 * (1 / 3 + 1 / 5))
+    assert improvement(one, calm, "higher", all_arms) == (1.0, pytest.approx(1 - half), pytest.approx(1 + half))
+
+
+@pytest.mark.parametrize(
+    ("spreads", "n", "m", "expected"),
+    [
+        ([1], 1, 1, 0.95), ([1], 3, 1, 0.96), ([1], 2, 2, 0.96), ([1], 3, 3, 0.96),
+        ([1, 8], 3, 1, 0.93), ([1, 8], 2, 2, 0.95), ([1, 8], 3, 3, 0.95),
+        ([1, 1, 1, 8], 1, 1, 0.87), ([1, 1, 1, 8], 3, 1, 0.92), ([1, 1, 1, 8], 2, 2, 0.94),
+    ],
+)  # fmt: skip
+def test_intervals_over_seeds_hold_the_truth_as_often_as_they_say(spreads, n, m, expected):
+    """In studies drawn with eight repeated arms, each of one of these spreads, two of which do not differ."""
+    rng, held = np.random.default_rng(0), []
+    for _ in range(3000):
+        runs = (3, 3, 2, 2, 2, 2, 2, 2, n, m)
+        arms = [rng.normal(0, rng.choice(spreads), count).tolist() for count in runs]
+        _, low, high = improvement(exactly(arms[-2]), exactly(arms[-1]), "higher", Deviation.of(arms))
+        held.append(low <= 0 <= high)
+    assert np.mean(held) == pytest.approx(expected, abs=0.015)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,14 @@ def test_captions_name_runs_and_commit(tmp_path, without_drawing):
     assert not any("LR4-s0" in caption for caption in captions), "a failed run is in no figure"
 
 
+def test_planned_and_done_runs_are_counted_alike(tmp_path, without_drawing):
+    rows = [made.arm("P", "start", ""), *made.ablation_rows()]
+    path, _ = write_figures([made.write_study(tmp_path / "a", rows, maps=False)], tmp_path / "figures")
+    done = sum(row["status"] == "done" for row in rows)
+    assert 0 < done < len(rows)
+    assert f"| a | {len(rows)} | {done} |" in path.read_text()
+
+
 def test_what_is_not_drawn_is_listed_with_its_reason(drawn):
     listed = drawn.read_text().split("## Not drawn")[1]
     assert "| convergence | grid | no curves.csv |" in listed

@@ -99,7 +99,7 @@ def _head(paths: Sequence[str | Path], studies: Sequence[StudyRecords]) -> list[
         (
             study.name,
             len(study.runs),
-            len(study.done),
+            sum(run.done for run in study.runs),
             ", ".join(study.commits) or None,
             ", ".join(study.missing) or None,
         )

@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder (its best), checkpoint, model folder, hf:name")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist without --replace")
     parser.add_argument("--replace", action="store_true", help="let an export that lies at --out give way")
     parser.add_argument("--name", help="title of the model card; default: the name of --out")
     parser.add_argument("--tokenizer", help="tiny, a Hugging Face id or a folder; default: the run's")
